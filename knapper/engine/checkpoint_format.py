@@ -147,6 +147,7 @@ def thaw(files: Files, layout: Layout) -> tuple[Tensor, Moments, Tensor | None]:
 
 
 def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
+    parameters = list(dict.fromkeys(each.peft_parameter for each in layout.lora_targets if each.peft_parameter))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -154,7 +155,10 @@ def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,  # vLLM wants a whole number
         "lora_dropout": 0.0,
-        "target_modules": list(dict.fromkeys(target.peft_target for target in layout.lora_targets)),
+        "target_modules": list(
+            dict.fromkeys(target.peft_target for target in layout.lora_targets if not target.peft_parameter)
+        ),
+        **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

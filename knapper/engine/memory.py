@@ -28,7 +28,7 @@ _ROWS_GRAIN: Final = 64
 _ROWS_WANTED: Final = 4096  # that a card should compute at once before keys and values get more than their quarter
 _ROWS_LEAST: Final = 256
 _TOKENS_LEAST: Final = 512  # of keys and values
-_RANK: Final = 32  # of the run that the account expects: the SDK's default, with the head
+_RANK: Final = 32  # of the run that the account expects of a dense model: the SDK's default, with the head
 _ARENAS_HELD: Final = 4  # weights, two moments, gradients
 _ARENAS_BEHIND: Final = 4  # the same of an earlier state, until a commit of what came after it is stored
 _ARENAS_OF_STEP: Final = 4  # what an optimizer step makes beside those: its results, and the clipped gradients
@@ -43,7 +43,7 @@ CUDA_BYTES: Final = 512 * MIB  # what CUDA takes of a card for itself, with its 
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """What a model takes. `arena`: one of the tensors of a run of rank 32 (float32 numbers, a parameter each).
+    """What a model takes. `arena`: one of the tensors of a run of rank `rank` (float32 numbers, a parameter each).
 
     `prompt_row`: of a token of a prompt while it is computed, keys and values twice. `passes`: of a training pass.
     """
@@ -55,6 +55,7 @@ class ModelBytes:
     prompt_row: int
     row: int
     layer_row: int  # beyond `row`, in a layer that keeps its activations
+    rank: int = _RANK
 
     @classmethod
     def of(cls, model: Model, weights: int) -> Self:
@@ -79,7 +80,8 @@ class ModelBytes:
         row = checkpointing.pass_bytes_of_row(config, size)
         layer_row = checkpointing.saved_bytes_of_row(config, size)
         context = config.context + -config.context % 64 + -(-4 * config.state_numbers // kv)
-        return cls(weights, kv, context, _arena(config), 2 * kv + layer_row, row, layer_row)
+        rank = expected_rank(config)
+        return cls(weights, kv, context, _arena(config, rank), 2 * kv + layer_row, row, layer_row, rank)
 
     @property
     def run(self) -> int:
@@ -186,14 +188,20 @@ def _of_card(left: int, model: ModelBytes, kv_part: float) -> Account:
 def _does_not_fit(model: ModelBytes, least: int, left: int) -> UserError:
     needed = int((least + _TOKENS_LEAST * model.kv_token) / (1 - 1 / _FRAGMENTS_PART - 1 / _ADAPTERS_PART))
     return UserError(
-        f"the weights take {sized(model.weights)} and leave {sized(max(0, left))} of the GPU; a run of rank {_RANK}, a "
-        f"pass of {_ROWS_LEAST} rows and {_TOKENS_LEAST} tokens of samples need {sized(needed)} beside them: raise "
+        f"the weights take {sized(model.weights)} and leave {sized(max(0, left))} of the GPU; a run of rank "
+        f"{model.rank}, a pass of {_ROWS_LEAST} rows and {_TOKENS_LEAST} tokens of samples need {sized(needed)} beside "
+        "them: raise "
         "KNAPPER_GPU_MEMORY_SHARE if it is less than 1, lower KNAPPER_KV_MEMORY if it is set, or serve a smaller model"
     )
 
 
-def _arena(config: Facts) -> int:
-    return 4 * sum(target.numel(_RANK) for target in config.lora_targets)
+def expected_rank(config: ModelConfig) -> int:
+    """Of the run that the account expects. Of a mixture it is divided by the experts of a row (docs/models.md)."""
+    return max(1, _RANK // config.experts_of_row)
+
+
+def _arena(config: Facts, rank: int = _RANK) -> int:
+    return 4 * sum(target.numel(rank) for target in config.lora_targets)
 
 
 CARDS: Final[Mapping[str, int]] = {  # bytes, as the driver counts them

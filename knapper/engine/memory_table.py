@@ -11,7 +11,7 @@ from knapper.engine import memory
 from knapper.engine.memory import CARDS, ModelBytes
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.families.gemma import BOTH_SIDES
-from knapper.engine.models.layer import GatedMlp, Layer, ScoreRule, SelfAttention
+from knapper.engine.models.layer import GatedMlp, Layer, Mixture, Routing, ScoreRule, SelfAttention
 from knapper.engine.models.rotary import Rope
 from knapper.errors import UserError
 
@@ -37,6 +37,15 @@ def _gemma_3_12b() -> ModelConfig:
     )  # fmt: skip
 
 
+def _qwen3_30b_a3b() -> ModelConfig:
+    mixer = SelfAttention(32, 4, 128, ScoreRule(128**-0.5), Rope(1e6, 128), qk_norm="head")
+    experts = Mixture(768, Routing(128, 8, renormalised=True))
+    return ModelConfig(
+        model_type="qwen3_moe", vocab_size=151_936, hidden=2048, layers=48 * (Layer(mixer, experts),), rms_eps=1e-6,
+        tied=False, context=40_960, eos=(),
+    )  # fmt: skip
+
+
 MODELS: Final[Mapping[str, ModelConfig]] = {
     "Qwen3-1.7B": _model(2048, 28, 16, 6144, tied=True),
     "Llama-3.2-3B": _model(3072, 28, 24, 8192, tied=True, family="llama"),
@@ -44,6 +53,7 @@ MODELS: Final[Mapping[str, ModelConfig]] = {
     "Qwen3-8B": _model(4096, 36, 32, 12288, tied=False),
     "Gemma-3-12B, text": _gemma_3_12b(),
     "Qwen3-14B": _model(5120, 40, 40, 17408, tied=False),
+    "Qwen3-30B-A3B": _qwen3_30b_a3b(),
     "Qwen3-32B": _model(5120, 64, 64, 25600, tied=False),
 }
 

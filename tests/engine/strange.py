@@ -94,9 +94,28 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "glm": ("GlmConfig", _HEADED),
     "glm4": ("Glm4Config", _HEADED),
     "qwen3_moe": ("Qwen3MoeConfig", {**_MIXED, "head_dim": 32, "norm_topk_prob": True}),
-    "qwen3_moe_window": ("Qwen3MoeConfig", {**_MIXED, **_SLIDING, "head_dim": 16, "use_sliding_window": True}),
+    "qwen3_moe_window": (
+        "Qwen3MoeConfig",
+        {**_MIXED, **_SLIDING, "head_dim": 16, "use_sliding_window": True, "decoder_sparse_step": 2},
+    ),
     "olmoe": ("OlmoeConfig", {**_MIXED, "intermediate_size": 48, "rope_parameters": _LINEAR}),
     "mixtral": ("MixtralConfig", {**_MIXED, **_SLIDING, "intermediate_size": 48, "num_experts_per_tok": 3}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **_HEADED,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 48,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "num_mtp_layers": 0,
+        },
+    ),
     "lfm2": (
         "Lfm2Config",
         {
@@ -114,7 +133,7 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen3_next": ("Qwen3NextConfig", {**_DELTA, "num_experts": 0, "linear_num_value_heads": 2}),
     "smollm3_window": ("SmolLM3Config", {**_GROUPED, **_SWITCHED, "no_rope_layer_interval": 2}),
 }
-MIXTURES: Final = ("qwen3_moe", "qwen3_moe_window", "olmoe", "mixtral")
+MIXTURES: Final = ("qwen3_moe", "qwen3_moe_window", "olmoe", "mixtral", "glm4_moe")
 HYBRIDS: Final = tuple(kind for kind in NATIVE if kind.startswith(("lfm2", "qwen3_5", "qwen3_next")))
 # Left to transformers. Among them: fused query, key and value; biases everywhere, on the head too; layers in parallel;
 # scaled heads; caps on attention and logits with windows; LayerNorms; options that the native code lacks.
@@ -191,5 +210,8 @@ def strange_model(directory: Path, kind: str, *, seed: int = 0, **changes: Any) 
                 torch.nn.init.normal_(parameter, std=0.1)
             elif kind in NATIVE:  # a norm's, around its neutral value
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.1)
     model.save_pretrained(directory)
     return directory

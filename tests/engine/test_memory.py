@@ -42,6 +42,15 @@ def test_the_table_of_cards_is_of_the_published_models(tmp_path: Path, name: str
     assert ModelBytes.planned(published) == ModelBytes.planned(MODELS[name])
 
 
+def test_the_account_expects_a_run_of_a_mixture_of_the_rank_that_is_advised() -> None:
+    assert memory.expected_rank(MODELS["Qwen3-8B"]) == 32
+    assert memory.expected_rank(MODELS["Qwen3-30B-A3B"]) == 4
+    of_mixture = ModelBytes.planned(MODELS["Qwen3-30B-A3B"])
+    experts = 48 * 128 * 3 * (2048 + 768)
+    assert of_mixture.arena > 4 * 4 * experts, "a pair of every expert"
+    assert of_mixture.weights > 2 * 48 * 128 * 3 * 2048 * 768
+
+
 @pytest.mark.parametrize("card", list(CARDS))
 @pytest.mark.parametrize("share", [1.0, 0.45])
 def test_no_part_is_given_twice(card: str, share: float) -> None:

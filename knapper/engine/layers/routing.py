@@ -13,17 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knapper.engine.models.layer import Routing
+from knapper.engine.models.layer import Groups, Routing
 
 
-def routed(logits_NE: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+def routed(logits_NE: Tensor, routing: Routing, correction_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights (N, K) in float32, differentiable in the logits, and the experts that they are of, int64 (N, K)."""
+    if routing.groups is not None:
+        assert correction_E is not None
+        weights_NK, experts_NK = _by_groups(logits_NE.float().sigmoid(), correction_E, routing, routing.groups)
+    else:
+        weights_NK, experts_NK = _by_softmax(logits_NE, routing)
+    return (weights_NK if routing.scale == 1.0 else weights_NK * routing.scale), experts_NK
+
+
+def _by_softmax(logits_NE: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     probabilities_NE = logits_NE.float().softmax(-1)
     chosen_NK, experts_NK = probabilities_NE.topk(routing.active)
     if not routing.renormalised:
         return chosen_NK, experts_NK
     # The same as dividing the chosen ones by their sum, whose gradient would be a sum over the row.
     return logits_NE.float().gather(1, experts_NK).softmax(-1), experts_NK
+
+
+def _by_groups(scores_NE: Tensor, correction_E: Tensor, routing: Routing, groups: Groups) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        choice_NGE = (scores_NE + correction_E).unflatten(1, (groups.count, -1))
+        best_NG2 = choice_NGE.topk(2, dim=-1).values
+        chosen = (best_NG2[:, :, 0] + best_NG2[:, :, 1]).topk(groups.active).indices
+        others_NG = torch.ones_like(best_NG2[:, :, 0], dtype=torch.bool).scatter_(1, chosen, value=False)
+        experts_NK = choice_NGE.masked_fill(others_NG[:, :, None], -torch.inf).flatten(1).topk(routing.active).indices
+    weights_NK = scores_NE.gather(1, experts_NK)
+    if not routing.renormalised:
+        return weights_NK, experts_NK
+    columns = weights_NK.unbind(1)
+    total = _sum(columns) + 1e-20
+    return torch.stack([column / total for column in columns], dim=1), experts_NK
 
 
 @dataclass(frozen=True)

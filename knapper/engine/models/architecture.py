@@ -14,9 +14,11 @@ from knapper import limits
 from knapper.engine.models.fields import Raw, UnsupportedModel, number, optional, size
 from knapper.engine.models.layer import (
     PLAIN_EXPERTS,
+    PLAIN_MLP,
     PRE_NORMS,
     Activation,
     GatedMlp,
+    Groups,
     Layer,
     Mixer,
     Mixture,
@@ -27,6 +29,7 @@ from knapper.engine.models.layer import (
     Routing,
     ScoreRule,
     SelfAttention,
+    mlp_names,
 )
 from knapper.engine.models.rotary import FULL, SLIDING, LayerType, RopeRule, served_context
 from knapper.errors import UserError
@@ -131,7 +134,8 @@ def one(raw: Raw, path: Path) -> float:  # noqa: ARG001  the multiplier of most 
 Factor = Callable[[Raw, Path], float]
 
 
-_EXPERTS: Final = ("num_experts", "num_local_experts")  # an architecture's own name, or transformers' for all
+# An architecture's own name, or transformers' for all.
+_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -139,10 +143,12 @@ class MixtureRule:
     """Where config.json has a mixture's sizes, and which layers have one.
 
     `width`: the field of an expert's inner size. `renormalised`: whether the weights of a row's experts are divided by
-    their sum. `dense`: layers with a plain MLP.
+    their sum. `grouped`: experts are chosen by groups, and each row takes shared ones too. `dense`: layers with a plain
+    MLP.
     """
 
     renormalised: Bias
+    grouped: bool = False
     width: str = "moe_intermediate_size"
     dense: Layers = no_layer
     names: MixtureNames = PLAIN_EXPERTS
@@ -154,8 +160,23 @@ class MixtureRule:
             raise UserError(f"{path}: {name} is {experts}; allowed: at most {limits.model_experts_max}")
         if active > experts:
             raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, and there are {experts} experts")
-        routing = Routing(experts, active, self.renormalised(raw))
-        return Mixture(size(raw, self.width, path), routing, activation, self.names)
+        width = size(raw, self.width, path)
+        if not self.grouped:
+            routing = Routing(experts, active, self.renormalised(raw))
+            return Mixture(width, routing, activation, self.names)
+        groups = Groups(size(raw, "n_group", path, 1), size(raw, "topk_group", path, 1))
+        if experts % groups.count or experts // groups.count < 2 or groups.active > groups.count:
+            raise UnsupportedModel(
+                f"{path}: n_group is {groups.count}, and topk_group {groups.active}, of {experts} experts"
+            )
+        if active > experts // groups.count * groups.active:
+            raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, more than are in {groups.active} groups")
+        scale = number(raw, "routed_scaling_factor", path, 1.0)
+        shared = GatedMlp(
+            width * size(raw, "n_shared_experts", path, 1), activation, names=mlp_names(self.names.shared)
+        )
+        routing = Routing(experts, active, self.renormalised(raw), groups, scale)
+        return Mixture(width, routing, activation, self.names, shared)
 
 
 @dataclass(frozen=True)
@@ -183,7 +204,7 @@ class Names:
 
     output: str = "o_proj"
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
-    mlp: tuple[str, str, str] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    mlp: tuple[str, str, str] = PLAIN_MLP
     final_norm: str = "model.norm"
     eps_field: str = "rms_norm_eps"
 
@@ -206,20 +227,21 @@ PLAIN_NAMES: Final = Names()
 class Architecture:
     """One `model_type`. `models`: well-known ones, for docs/models.md.
 
-    `qkv_bias`, `output_bias`: when q, k, v and o have biases. `fused_qkv`, `fused_gate_up`: these linears are one in
-    the file. `gated_attention`: a gate for each head's output. `without_positions`: layers that do not rotate queries
-    and keys. `activation_field`: where config.json names the MLP's; `gelu`: which it means by "gelu".
-    `attention_scale`: of q k; None: the root of a head's width, inverted. `caps`: config.json may cap scores and
-    logits, where it is silent at `attention_cap` and `logits_cap`. `residual`, `embedding`, `logits`: what multiplies a
-    layer's outputs and embeddings, and divides logits.
-    `recurrent`: layers without attention. `mixture`: experts in place of MLPs; None: a dense model. `mlp_width`: of the
-    MLP, `ties_by`: whether the head is the embedding, where config.json says it in another way. `refused`: options to
-    check. `activation`, `head_dim`, `rms_eps`, `tied`: what a config.json that is silent about them means.
+    `qk_normed`: when there are these norms. `qkv_bias`, `output_bias`: when q, k, v and o have biases. `fused_qkv`,
+    `fused_gate_up`: these linears are one in the file. `gated_attention`: a gate for each head's output.
+    `without_positions`: layers that do not rotate queries and keys. `activation_field`: where config.json names the
+    MLP's; `gelu`: which it means by "gelu". `attention_scale`: of q k; None: the root of a head's width, inverted.
+    `caps`: config.json may cap scores and logits, where it is silent at `attention_cap` and `logits_cap`. `residual`,
+    `embedding`, `logits`: what multiplies a layer's outputs and embeddings, and divides logits. `recurrent`: layers
+    without attention. `mixture`: experts in place of MLPs; None: a dense model. `mlp_width`: of the MLP, `ties_by`:
+    whether the head is the embedding, where config.json says it in another way. `refused`: options to check.
+    `activation`, `head_dim`, `rms_eps`, `tied`: what a config.json that is silent about them means.
     """
 
     model_type: str
     models: str
     qk_norm: QkNorm | None = None
+    qk_normed: Bias = always
     qkv_bias: Bias = by_option
     output_bias: Bias = by_option
     fused_qkv: bool = False
@@ -263,6 +285,11 @@ class Architecture:
         ropes = self.rope.read(raw, path, self._head_dim(raw, path))
         return served_context(size(raw, "max_position_embeddings", path), raw, ropes, path)
 
+    def extra_layers(self, raw: Raw, path: Path) -> int:
+        """Behind the layers in the file, for predicting several tokens."""
+        found = raw.get("num_nextn_predict_layers") or 0
+        return size(raw, "num_nextn_predict_layers", path) if found and self.mixture is not None else 0
+
     def cap(self, raw: Raw, path: Path) -> float | None:
         """Of the logits."""
         return optional(raw, "final_logit_softcapping", path, self.logits_cap) if self.caps else None
@@ -298,7 +325,7 @@ class Architecture:
             head_dim=head_dim,
             scores=ScoreRule(scale, window, cap),
             rope=None if self.without_positions(raw, index) else ropes[FULL if window is None else SLIDING],
-            qk_norm=self.qk_norm,
+            qk_norm=self.qk_norm if self.qk_normed(raw) else None,
             qkv_bias=self.qkv_bias(raw),
             output_bias=self.output_bias(raw),
             fused=self.fused_qkv,
@@ -329,7 +356,8 @@ class Architecture:
             "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
             "norms before and after attention and MLP": self.norms.mixer_output is not None
             and self.norms.mixer_input is not None,
-            "experts": self.mixture is not None,
+            "experts": self.mixture is not None and not self.mixture.grouped,
+            "experts, chosen by groups, beside a shared one": self.mixture is not None and self.mixture.grouped,
             "windows": self.windows != NO_WINDOWS,
             "layers without positions": self.without_positions is not no_layer,
             "rotary positions of their own in layers with a window": self.rope.local_theta is not None,
@@ -352,8 +380,10 @@ class Architecture:
         """The linears of its layers that take LoRA, in the adapter's order."""
         attention = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv, output_name=self.names.output)
         recurrent = () if self.recurrent is None else self.recurrent.like.linears(1)
-        mlp: GatedMlp | Mixture = GatedMlp(1, fused=self.fused_gate_up, names=self.names.mlp)
+        plain = GatedMlp(1, fused=self.fused_gate_up, names=self.names.mlp)
+        mlp: GatedMlp | Mixture = plain
         if self.mixture is not None:
-            mlp = Mixture(1, Routing(1, 1, renormalised=False), names=self.mixture.names)
+            shared = plain if self.mixture.grouped else None
+            mlp = Mixture(1, Routing(1, 1, renormalised=False), names=self.mixture.names, shared=shared)
         linears = (*attention.linears(1), *recurrent, *mlp.linears(1))
         return tuple(dict.fromkeys(linear.name for linear in linears))

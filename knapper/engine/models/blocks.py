@@ -152,26 +152,33 @@ class GatedMlpBlock:
 
 @dataclass(frozen=True)
 class MixtureBlock:
-    """Each row goes through its experts; what they give is added, weighted by the router."""
+    """Each row goes through its experts; what they give is added, weighted by the router.
+
+    `correction_E`: where there are groups. Their router computes in float32.
+    """
 
     facts: Mixture
     router: Sites
+    correction_E: Tensor | None
     gate_up: ExpertSites
     down: ExpertSites
+    shared: GatedMlpBlock | None
 
     def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
         adapt, routing = rows.adapt, self.facts.routing
-        (logits_NE,) = self.router(x_NH, adapt)
-        weights_NK, experts_NK = routed(logits_NE, routing)
+        (logits_NE,) = self.router(x_NH.to(self.router.linear.dtype), adapt)
+        weights_NK, experts_NK = routed(logits_NE, routing, self.correction_E)
         numbers_N = adapt.numbers(len(x_NH), x_NH.device)
         dispatch = Dispatch.of(experts_NK, routing.experts, numbers_N, len(adapt.loras))
         gate, up = self.gate_up(spread(x_NH, dispatch), dispatch, adapt)
         (y_SH,) = self.down(_activated(gate, self.facts.activation) * up, dispatch, adapt)
-        return combined(y_SH, weights_NK, dispatch)
+        y_NH = combined(y_SH, weights_NK, dispatch)
+        return y_NH if self.shared is None else y_NH + self.shared(x_NH, rows)
 
     @property
     def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:
-        return self.router.linear, self.gate_up.linears, self.down.linears
+        shared = () if self.shared is None else self.shared.linears
+        return self.router.linear, self.gate_up.linears, self.down.linears, *shared
 
 
 def _activated(x: Tensor, activation: Activation) -> Tensor:

@@ -11,8 +11,8 @@ from knapper import limits
 from knapper.engine.models.architecture import PLAIN_NORM, NormRule
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
-from knapper.engine.models.layer import Layer, Part, Recurrent, SelfAttention, expert_names
-from knapper.engine.models.unsupported import MISSING
+from knapper.engine.models.gaps import MISSING
+from knapper.engine.models.layer import Layer, Mixture, Part, Recurrent, SelfAttention, expert_names
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
 from knapper.errors import NotFound, UserError
 
@@ -24,7 +24,8 @@ HEAD: Final = "lm_head"
 class LoraTarget:
     """A linear, (inputs) -> (outputs), that an adapter may have. `name` is ours; `module` is its name in transformers,
     `peft_target` its name in PEFT's target_modules. `experts`: it is so many linears, each with a pair of its own, and
-    `module` has {} for an expert's number.
+    `module` has {} for an expert's number. `peft_parameter`: its weight's name in PEFT's target_parameters, for one
+    that is not in target_modules: of a mixture PEFT takes the short name of an MLP's linears for that of the experts'.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LoraTarget:
     module: str
     peft_target: str
     experts: int | None = None
+    peft_parameter: str = ""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -76,6 +78,7 @@ class ModelConfig:
 
     `embedding_scale` multiplies embeddings, `logits_scale` logits; `logits_cap`: l becomes cap tanh(l / cap).
     `body`: the decoder's place in transformers' model; `final_norm`: the last norm's, in a model of text alone.
+    `extra_layers`: that the file may have behind these, to predict further tokens; they are left out.
     """
 
     model_type: str
@@ -92,16 +95,20 @@ class ModelConfig:
     logits_cap: float | None = None
     body: str = "model"
     final_norm: str = "model.norm"
+    extra_layers: int = 0
 
     @cached_property
     def lora_targets(self) -> tuple[LoraTarget, ...]:
         """The linears of each layer, then the head."""
+        mixed = any(isinstance(layer.mlp, Mixture) for layer in self.layers)
         within = (
             LoraTarget(
                 f"layers.{index}.{shape.name}", shape.inputs, shape.outputs, shape.part,
                 module := f"{self.body}.layers.{index}.{shape.module}",
-                module if self.body == BODY else shape.peft_target,  # linears of images may have the short name, too
+                # Linears of images may have the short name, too.
+                module if self.body == BODY else shape.peft_target,
                 shape.experts,
+                peft_parameter=f"{shape.module}.weight" if mixed and shape.part == "mlp" and not shape.experts else "",
             )
             for index, layer in enumerate(self.layers)
             for shape in layer.linears(self.hidden)
@@ -111,6 +118,11 @@ class ModelConfig:
     @property
     def has_experts(self) -> bool:
         return any(target.experts is not None for target in self.lora_targets)
+
+    @property
+    def experts_of_row(self) -> int:
+        """The most of a layer; 1 of a dense model."""
+        return max(layer.mlp.routing.active if isinstance(layer.mlp, Mixture) else 1 for layer in self.layers)
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -180,6 +192,7 @@ class ModelConfig:
             embedding_scale=architecture.embedding(raw, path),
             logits_scale=1 / architecture.logits(raw, path),
             logits_cap=architecture.cap(raw, path),
+            extra_layers=architecture.extra_layers(raw, path),
         )
 
 

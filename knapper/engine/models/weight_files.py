@@ -147,6 +147,7 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         prefix = f"model.layers.{index}"
         yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in layer.norm_widths(config.hidden).items())
         yield from ((f"{prefix}.{name}", shape) for name, shape in layer.mixer.tensors(config.hidden).items())
+        yield from ((f"{prefix}.{name}", (width,)) for name, width in layer.mlp.corrections().items())
         for linear in layer.stored(config.hidden):
             for module in linear.modules:
                 yield f"{prefix}.{module}.weight", (linear.outputs, linear.inputs)
@@ -170,10 +171,12 @@ def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHea
             raise BrokenModel(f"{directory}: tensor {name} is {header.dtype}; allowed: {', '.join(ALLOWED)}")
         names.append(name)
     optional = {"lm_head.weight"} if config.tied else set()
+    behind = (f"model.layers.{len(config.layers) + extra}." for extra in range(config.extra_layers))
+    skipped = ("mtp.", *behind)  # drafts of tokens ahead
     unexpected = sorted(
         name
         for name in headers.keys() - set(names) - optional
-        if not name.endswith("rotary_emb.inv_freq") and not name.startswith("mtp.")  # drafts of tokens ahead
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(skipped)
     )
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")

@@ -85,10 +85,12 @@ class _Loader:
     def tensor(self, name: str) -> Tensor:
         return self.tensors.take(name).to(self.dtype)
 
-    def linear(self, modules: Sequence[str], *, biased: bool = False) -> FrozenLinear:
+    def linear(self, modules: Sequence[str], *, biased: bool = False, dtype: torch.dtype | None = None) -> FrozenLinear:
+        """In `dtype`; None: the model's."""
+        dtype = dtype or self.dtype
         weights = [self.tensors.take(f"{module}.weight") for module in modules]
-        bias = torch.cat([self.tensors.take(f"{module}.bias") for module in modules]).to(self.dtype) if biased else None
-        return FrozenLinear(weights, self.dtype, bias, exactness=self.exactness)
+        bias = torch.cat([self.tensors.take(f"{module}.bias") for module in modules]).to(dtype) if biased else None
+        return FrozenLinear(weights, dtype, bias, exactness=self.exactness)
 
     def norm(self, module: str) -> RmsNorm:
         rule, weight = self.config.norm, self.tensor(f"{module}.weight")
@@ -158,9 +160,22 @@ class _Loader:
         hidden = self.config.hidden
         inputs, outputs = facts.inputs(hidden), [facts.output(hidden)]
         if isinstance(facts, GatedMlp):
-            return GatedMlpBlock(facts, self._sites(index, inputs), self._sites(index, outputs))
-        router = self._sites(index, [facts.router(hidden)])
-        return MixtureBlock(facts, router, self._experts(index, inputs), self._experts(index, outputs))
+            return self._gated_mlp(index, facts)
+        wide = None if facts.routing.groups is None else torch.float32
+        corrections = [self.tensors.take(f"model.layers.{index}.{name}").float() for name in facts.corrections()]
+        return MixtureBlock(
+            facts=facts,
+            router=self._sites(index, [facts.router(hidden)], wide),
+            correction_E=corrections[0] if corrections else None,
+            gate_up=self._experts(index, inputs),
+            down=self._experts(index, outputs),
+            shared=None if facts.shared is None else self._gated_mlp(index, facts.shared),
+        )
+
+    def _gated_mlp(self, index: int, facts: GatedMlp) -> GatedMlpBlock:
+        hidden = self.config.hidden
+        gate_up, down = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        return GatedMlpBlock(facts, gate_up, down)
 
     def _experts(self, index: int, shapes: Sequence[LinearShape]) -> ExpertSites:
         """Of every expert its linears of the same input as one."""
@@ -168,10 +183,10 @@ class _Loader:
         experts = [[self.tensors.take(f"model.layers.{index}.{module}.weight") for module in own] for own in modules]
         return ExpertSites(_names(index, shapes), ExpertLinears(experts, self.dtype, self.exactness))
 
-    def _sites(self, index: int, shapes: Sequence[LinearShape]) -> Sites:
+    def _sites(self, index: int, shapes: Sequence[LinearShape], dtype: torch.dtype | None = None) -> Sites:
         """Linears of the same input as one, rows stacked."""
         modules = [f"model.layers.{index}.{shape.module}" for shape in shapes]
-        return Sites(_names(index, shapes), self.linear(modules, biased=shapes[0].biased))
+        return Sites(_names(index, shapes), self.linear(modules, biased=shapes[0].biased, dtype=dtype))
 
 
 def _names(index: int, shapes: Sequence[LinearShape]) -> tuple[str, ...]:

@@ -13,7 +13,11 @@ from tests.engine.gate.phases import Bench, bench
 _REFERENCE = "H100 (80 GB)"  # of the floors
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+# A mixture of 18,867 tensors takes minutes.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.long] if "A3B" in name else []) for name in CONFIGS],
+)
 def sized_model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Bench]]:

@@ -17,6 +17,7 @@ from knapper.engine.models.loader import load
 from knapper.engine.models.weight_files import promised
 
 META: Final = torch.device("meta")
+_SHARD_BYTES: Final = 4 << 30  # no system maps more at once than it has memory
 CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "Qwen3-8B": {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
@@ -43,6 +44,14 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
         "sliding_window": 1024, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
         "hidden_activation": "gelu_pytorch_tanh", "eos_token_id": 106,
     },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "tie_word_embeddings": False, "hidden_act": "silu", "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "eos_token_id": 151645,
+    },
 }  # fmt: skip
 
 
@@ -55,15 +64,22 @@ def write_config(directory: Path, config: dict[str, Any]) -> Path:
 def write_model(directory: Path, name: str) -> Path:
     """The model's directory: its weights in bfloat16, without a block on the disk."""
     write_config(directory, CONFIGS[name])
-    header: dict[str, Any] = {}
+    headers: list[dict[str, Any]] = [{}]
     end = 0
     for tensor, shape in promised(ModelConfig.read(directory)):
+        if end > _SHARD_BYTES:
+            headers.append({})
+            end = 0
         start, end = end, end + 2 * math.prod(shape)
-        header[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+        headers[-1][tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    files = {f"model-{n}.safetensors": header for n, header in enumerate(headers)}
+    for path, header in files.items():
+        text = json.dumps(header).encode()
+        with (directory / path).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + max(one["data_offsets"][1] for one in header.values()))
+    weight_map = {tensor: path for path, header in files.items() for tensor in header}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from knapper.engine import memory
 from knapper.engine.executor import Executor, Work
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.decoder import Decoder
@@ -28,7 +29,6 @@ from tests.engine.runs import datum, request, spec
 
 T = TypeVar("T")
 Prompt = NDArray[np.int32]
-_RANK: Final = 32
 _VOCABULARY: Final = 1000
 _WAIT_S: Final = 300
 
@@ -41,6 +41,11 @@ class Bench:
     executor: Executor
     meter: Meter
     adapters: dict[str, Lora] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Of every run and adapter."""
+        return memory.expected_rank(self.decoder.config)
 
     def do(self, work: Callable[[], T]) -> T:
         def once() -> Work[T]:
@@ -120,20 +125,19 @@ class Bench:
         return passes, steps
 
     def _state(self, trainer: Trainer) -> RunState:
-        one = spec(rank=_RANK, alpha=32.0, train_unembed=True)
+        one = spec(rank=self.rank, alpha=32.0, train_unembed=True)
         return self.do(lambda: trainer.begin(one, self._arena_of(trainer)))
 
     def _arena(self, trainer: Trainer) -> torch.Tensor:
         return self.do(lambda: self._arena_of(trainer))
 
-    @staticmethod
-    def _arena_of(trainer: Trainer) -> torch.Tensor:
-        return torch.empty(trainer.layout(spec(rank=_RANK, train_unembed=True)).numel, device=META)
+    def _arena_of(self, trainer: Trainer) -> torch.Tensor:
+        return torch.empty(trainer.layout(spec(rank=self.rank, train_unembed=True)).numel, device=META)
 
     def lora(self, adapter: str) -> Lora:
         """In the base's dtype, as a sampler on a GPU has it."""
         if adapter not in self.adapters:
-            layout = Trainer(self.decoder).layout(spec(rank=_RANK, train_unembed=True))
+            layout = Trainer(self.decoder).layout(spec(rank=self.rank, train_unembed=True))
             self.adapters[adapter] = self.do(
                 lambda: layout.lora(torch.empty(layout.numel, dtype=self.decoder.dtype, device=META), 1.0)
             )
@@ -163,7 +167,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class _Adapters:
-    """A source of adapters of rank 32, made on the card before anything is counted."""
+    """A source of adapters, made on the card before anything is counted."""
 
     bench: Bench
 

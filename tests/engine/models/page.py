@@ -67,7 +67,11 @@ def _options(config: ModelConfig) -> Iterator[str]:
     mixtures = [layer.mlp.routing for layer in config.layers if isinstance(layer.mlp, Mixture)]
     if mixtures:
         summed = ", their weights renormalised" if mixtures[0].renormalised else ""
-        yield f"{mixtures[0].active} of {mixtures[0].experts} experts{summed}"
+        groups = mixtures[0].groups
+        grouped = "" if groups is None else f", of {groups.active} of {groups.count} groups, and shared ones"
+        yield f"{mixtures[0].active} of {mixtures[0].experts} experts{grouped}{summed}"
+    if 0 < len(mixtures) < len(config.layers):
+        yield "a dense layer"
     if config.tied:
         yield "a tied head"
 

@@ -8,25 +8,28 @@ from typing import Any, Final
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from knapper import limits
-from knapper.catalogue.servable import expect_config
+from knapper.catalogue.servable import expect_config, expect_libraries
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models import weight_files, weights
 from knapper.engine.models.architecture import Architecture, never
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
-from knapper.engine.models.unsupported import MISSING
+from knapper.engine.models.gaps import MISSING
 from knapper.engine.models.registry import ARCHITECTURES
-from knapper.errors import UserError
+from knapper.errors import InvalidField, UserError
+from knapper.settings import Settings
 from tests.engine.models import page
 
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": 16,
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "n_routed_experts": 6,
 }  # fmt: skip
 # One layer of each kind; of two none would have attention, or each experts.
 MIXED: Final[dict[str, dict[str, Any]]] = {
@@ -95,7 +98,11 @@ def test_an_architecture_of_the_same_kind_takes_one_row(tmp_path: Path, monkeypa
         ("llama", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "expected for all layers"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok is 7, and there are 6 experts"),
         ("qwen3_moe", {"num_experts": None}, "num_experts is None"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "layers without experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers 1"),
+        ("glm4_moe", {"n_group": 4}, "n_group is 4, and topk_group 1, of 6 experts"),
+        ("glm4_moe", {"n_group": 3, "num_experts_per_tok": 3}, "num_experts_per_tok is 3, more than are in 1 groups"),
+        ("glm4_moe", {"first_k_dense_replace": "one"}, "first_k_dense_replace 'one'"),
         ("olmoe", {"clip_qkv": 8.0}, "olmoe with clip_qkv"),
         ("qwen3", {"quantization_config": {"bits": 4}}, "qwen3 with quantized weights"),
     ],
@@ -130,6 +137,26 @@ def test_a_model_that_is_refused_is_told_what_it_needs(tmp_path: Path, model_typ
         with pytest.raises(UserError, match=rf"'{model_type}'.*: it needs {re.escape(MISSING[model_type])}"):
             expect_config(tmp_path)
             ModelConfig.read(tmp_path)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    directory = random_model(tmp_path, "glm4_moe")
+    assert ModelConfig.read(directory).extra_layers == 1
+    tensors = load_file(directory / "model.safetensors")
+    for layer, fits in ((2, True), (3, False)):
+        save_file({**tensors, f"model.layers.{layer}.eh_proj.weight": torch.ones(2)}, directory / "model.safetensors")
+        if fits:
+            expect_same_logits(directory)
+        else:
+            with pytest.raises(weight_files.BrokenModel, match=r"model\.layers\.3\.eh_proj"):
+                weight_files.expect_promised(directory, ModelConfig.read(directory))
+
+
+def test_vllm_does_not_sample_a_mixture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **SIZES}))
+    settings = Settings.load({"KNAPPER_MODEL_DIRECTORY": str(tmp_path), "KNAPPER_SAMPLER": "vllm"})
+    with pytest.raises(InvalidField, match=r"KNAPPER_SAMPLER.*adapters of experts"):
+        expect_libraries(settings, "native")
 
 
 def test_experts_are_counted_before_they_are_listed(tmp_path: Path) -> None:
