@@ -17,6 +17,7 @@ from knapper.cluster.state import gateway_pod, gateway_says
 from knapper.errors import KnapperError
 
 _RESTARTS_MAX = 2
+_SCHEDULED = ("cpu", "memory", "ephemeral-storage")
 _CHANNELS = "MTChannelBasedBroker"
 _DUTIES = (  # what `knapper deploy` does
     ("patch", "serving.knative.dev", "services"), ("delete", "serving.knative.dev", "services"),
@@ -87,15 +88,20 @@ def services(target: DoctorTarget) -> Iterator[Finding]:
 
 
 def capacity(target: DoctorTarget) -> Iterator[Finding]:
-    """Each Service's pod fits on some node. A pool at zero, or one that the cloud adds, is not visible here."""
-    nodes = [node["status"].get("allocatable", {}) for node in target.api.list("v1", "Node")]
+    """Each Service's pod fits on some node, and has one. A pool at zero, or a node to come, is not visible here."""
+    nodes = target.api.list("v1", "Node")
     for service in _ours(target):
         spec = service["spec"]["template"]["spec"]
         requests = spec["containers"][0].get("resources", {}).get("requests", {})
-        wanted = {name: _quantity(requests[name]) for name in ("cpu", "memory") if name in requests}
-        if not nodes or not wanted or spec.get("nodeSelector"):
+        wanted = {name: _quantity(requests[name]) for name in _SCHEDULED if name in requests}
+        chosen = [
+            node["status"].get("allocatable", {})
+            for node in nodes
+            if spec.get("nodeSelector", {}).items() <= node["metadata"].get("labels", {}).items()
+        ]
+        if not chosen or not wanted:
             continue
-        fits = any(all(_quantity(node.get(name, "0")) >= wanted[name] for name in wanted) for node in nodes)
+        fits = any(all(_quantity(node.get(name, "0")) >= wanted[name] for name in wanted) for node in chosen)
         shown = ", ".join(f"{name} {requests[name]}" for name in wanted)
         yield Finding(
             f"Service {service['metadata']['name']} requests",
@@ -103,6 +109,13 @@ def capacity(target: DoctorTarget) -> Iterator[Finding]:
             shown if fits else f"{shown}; no node has so much",
             "" if fits else "lower resources.requests in the overlay, or add a larger node",
         )
+
+    for pod in target.api.list("v1", "Pod", NAMESPACE, "app.kubernetes.io/part-of=knapper"):
+        for condition in pod.get("status", {}).get("conditions", []):
+            if (condition.get("type"), condition.get("reason")) == ("PodScheduled", "Unschedulable"):
+                name, remedy = pod["metadata"]["name"], "lower resources.requests in the overlay, or add a node for it"
+                remedy += "; where a pool makes nodes, wait some minutes"
+                yield Finding(f"Pod {name}", "unknown", f"has no node: {condition.get('message', '')}", remedy)
 
 
 def _quantity(text: str) -> float:

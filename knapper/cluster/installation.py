@@ -1,7 +1,7 @@
 """What is installed on a cluster: versions, kinds, Knative's settings, and the faults of drivers that meet here."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,7 @@ KNATIVE_MIN: Final = (1, 22)  # the manifests were checked against it
 KUBERNETES_MIN: Final = (1, 34)  # what that Knative asks for
 _BY_OPERATOR: Final = "kubectl apply --server-side -k knative/cluster/operator"
 _BY_HAND: Final = "kubectl apply -f the files of that release, as docs/cluster-trial.md has them (step 1)"
+_MANAGED: Final = "-gke|-eks"  # their makers mend them for longer, and upgrade them
 _FUSE_FIXED: Final = {36: (5, 1032000), 37: (1, 1552000)}  # minor version of GKE -> (patch, build)
 _KINDS = {
     "services.serving.knative.dev": "serving", "revisions.serving.knative.dev": "serving",
@@ -27,14 +28,16 @@ _KINDS = {
 
 def versions(target: DoctorTarget) -> Iterator[Finding]:
     """Kubernetes, Serving and Eventing are new enough, and not too old to be mended."""
-    yield _version("Kubernetes", target.api.version(), KUBERNETES_MIN, "upgrade the cluster")
+    kubernetes = target.api.version()
+    end = _never if re.search(_MANAGED, kubernetes) else kubernetes_ends
+    yield _version("Kubernetes", kubernetes, KUBERNETES_MIN, "upgrade the cluster", target.today, end)
     how = _by_hand_or_operator(target)
     for part, deployment in (("serving", "activator"), ("eventing", "eventing-controller")):
         found = target.api.get("apps/v1", "Deployment", deployment, f"knative-{part}")
         labels = (found or {}).get("metadata", {}).get("labels", {})
         remedy = f"install Knative {part.title()} 1.{KNATIVE_MIN[1]} or newer: {how}"
         version = labels.get("app.kubernetes.io/version", "")
-        yield _version(f"Knative {part.title()}", version, KNATIVE_MIN, remedy, target.today)
+        yield _version(f"Knative {part.title()}", version, KNATIVE_MIN, remedy, target.today, support_ends)
 
 
 def _by_hand_or_operator(target: DoctorTarget) -> str:
@@ -48,16 +51,18 @@ def _operated(target: DoctorTarget) -> bool:
     return target.api.get(*where) is not None
 
 
-def _version(what: str, text: str, least: tuple[int, int], remedy: str, today: date | None = None) -> Finding:
-    """`remedy`: how a newer one is installed."""
+def _version(
+    what: str, text: str, least: tuple[int, int], remedy: str, today: date, ends: Callable[[int], date]
+) -> Finding:
+    """`remedy`: how a newer one is installed. `ends`: until when 1.n gets fixes."""
     match = re.search(r"(\d+)\.(\d+)", text)
     if match is None:
         return Finding(what, "wrong", "not installed", remedy)
     version = (int(match[1]), int(match[2]))
     if version < least:
         return Finding(what, "wrong", text, f"needs {least[0]}.{least[1]}: {remedy}")
-    if today is not None and (end := support_ends(version[1])) < today:
-        newer = f"upgrade, one minor version at a time: {remedy.partition(': ')[2]}"
+    if (end := ends(version[1])) < today:
+        newer = f"upgrade, one minor version at a time: {remedy.partition(': ')[2] or remedy}"
         return Finding(what, "wrong", f"{text}, without fixes since {end}", newer)
     return Finding(what, "good", text)
 
@@ -68,6 +73,19 @@ def support_ends(minor: int) -> date:
     By knative/community's RELEASE-SCHEDULE.md; 1.21 came on 2026-01-27, and 1.20 ended on 2026-05-05.
     """
     return date(2026, 1, 27) + timedelta(weeks=13 * (minor + 2 - 21) + 1)
+
+
+def kubernetes_ends(minor: int) -> date:
+    """Until when Kubernetes 1.`minor` gets fixes: three releases a year, each for fourteen months.
+
+    By kubernetes/website's data/releases/schedule.yaml: 1.28 ended on 2024-10-28, 1.31 on 2025-10-28.
+    """
+    months = 2024 * 12 + 9 + 4 * (minor - 28)
+    return date(months // 12, months % 12 + 1, 28)
+
+
+def _never(_minor: int) -> date:
+    return date.max
 
 
 def kinds(target: DoctorTarget) -> Iterator[Finding]:

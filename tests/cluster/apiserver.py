@@ -58,7 +58,7 @@ class Cluster:
         self.forbidden: set[str] = set()  # resources that whoever asks may not touch
         self.texts: dict[str, str] = {}  # what proxied pods answer
         self.broken: set[str] = set()  # paths that are answered by 503
-        self.version = "v1.34.9"
+        self.version = "v1.36.2"
 
     def put(self, *things: Object) -> None:
         for thing in things:

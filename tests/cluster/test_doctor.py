@@ -19,7 +19,7 @@ from knapper.cluster.api import Api
 from knapper.cluster.doctor import examine
 from knapper.cluster.findings import DoctorTarget, Finding
 from knapper.cluster.google import Google
-from knapper.cluster.installation import support_ends
+from knapper.cluster.installation import kubernetes_ends, support_ends
 from tests.cluster.apiserver import Cluster, crd, ready, serving
 from tests.cluster.test_deploy import knapper
 from tests.manifests.rendering import ROOT
@@ -83,6 +83,16 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
             {"allow-zero-initial-scale": "false"}
         ),
         "config-autoscaler allow-zero-initial-scale", "kubectl patch configmap config-autoscaler",
+    ),
+    "a Kubernetes past its end": (
+        lambda cluster: setattr(cluster, "version", "v1.34.9"), "Kubernetes", "upgrade the cluster",
+    ),
+    "a pod that fits on no node of its pool": (
+        lambda cluster: cluster.put(
+            node("a", {"cpu": "32", "memory": "64Gi"}),
+            node("b", {"cpu": "32", "memory": "1Gi", "nvidia.com/gpu": "1"}),
+        ),
+        "Service sample requests", "resources.requests",
     ),
     "an old Knative": (lambda cluster: release(cluster, "1.17.0"), "Knative Serving", "docs/cluster-trial.md"),
     "a Knative past its end": (
@@ -188,6 +198,7 @@ def test_what_is_broken_is_found_alone_with_its_command(what: str, cluster: Clus
     wrong = [each for each in look(cluster, tmp_path) if each.verdict == "wrong"]
     assert [each.subject for each in wrong] == {
         "no permission": [f"permission to {verb} triggers.eventing.knative.dev" for verb in ("patch", "delete")],
+        "a pod that fits on no node of its pool": [subject, "Service train-step requests"],
         "a kind that is missing": [subject, "PingSource"],  # without the kind there is none of it
     }.get(what, [subject])
     assert command in wrong[0].remedy
@@ -226,6 +237,16 @@ def test_a_gateway_that_is_about_to_end_is_not_asked(cluster: Cluster, tmp_path:
     cluster.put(ending, _pod("gateway-2", "gateway"))
     cluster.texts["/api/v1/namespaces/knapper/pods/gateway-2:8080/proxy/api/v1/healthz"] = '{"status": "ok"}'
     assert [each for each in look(cluster, tmp_path) if each.subject == "base model"] == []
+
+
+def test_a_pod_that_has_no_node_is_told_of_in_the_schedulers_words(cluster: Cluster, tmp_path: Path) -> None:
+    said = "0/1 nodes are available: 1 Insufficient memory."
+    waits = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said}
+    cluster.put(_pod("train-step-1", "train-step", conditions=[waits]))
+    cluster.put(_pod("sample-1", "sample", conditions=[{"type": "PodScheduled", "status": "True"}]))
+    (found,) = [each for each in look(cluster, tmp_path) if each.subject.startswith("Pod ")]
+    assert (found.subject, found.verdict, found.seen) == ("Pod train-step-1", "unknown", f"has no node: {said}")
+    assert "resources.requests" in found.remedy
 
 
 def test_a_container_that_is_killed_and_started_again_is_told_of(cluster: Cluster, tmp_path: Path) -> None:
@@ -351,6 +372,18 @@ def test_the_command_prints_what_is_wrong_and_fails(cluster: Cluster, tmp_path: 
 @pytest.mark.parametrize(("minor", "end"), [(20, date(2026, 5, 5)), (22, date(2026, 11, 3)), (23, date(2027, 2, 2))])
 def test_when_knative_ends_to_mend_a_version(minor: int, end: date) -> None:
     assert support_ends(minor) == end
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [("v1.34.1", "wrong"), ("v1.34.1-gke.1", "good"), ("v1.33.9-gke.1", "wrong"), ("v1.35.0", "good")],
+)
+def test_a_kubernetes_past_its_end_is_told_unless_its_maker_mends_it_for_longer(
+    version: str, verdict: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    assert kubernetes_ends(31) == date(2025, 10, 28)
+    cluster.version = version
+    assert [each.verdict for each in look(cluster, tmp_path) if each.subject == "Kubernetes"] == [verdict]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def _schema(document: Document, schema: dict[str, Arguments]) -> Iterator[str]:
             if kind.startswith("google_"):
                 about = f"{prefix}{kind}.{name}"
                 if f"{prefix}{kind}" not in schema:
-                    yield f"{about}: no such type in schema.json; run tests.terraform.schema if it is new"
+                    yield f"{about}: no such type in schemas/; run tests.terraform.schema if it is new"
                 else:
                     yield from (f"{about}: {said}" for said in _body(body, schema[f"{prefix}{kind}"], outermost=True))
 

@@ -1,8 +1,7 @@
 """What Google's Terraform provider takes, as its own published schema says, for the types that we use.
 
-The provider cannot be had without Terraform's registry; the Python package cdktf-cdktf-provider-google carries the
-schema of the provider 6.50 that it was made of. `python -m tests.terraform.schema WHEEL` reads it, and writes
-`schema.json` anew.
+The provider cannot be had without Terraform's registry; the Python package cdktn-provider-google carries the schema of
+the provider that it was made of. `python -m tests.terraform.schema WHEEL...` reads it, and writes schemas/ anew.
 """
 
 import io
@@ -11,29 +10,19 @@ import re
 import sys
 import tarfile
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.terraform.reading import TERRAFORM, blocks, documents
+from tests.terraform.reading import blocks, documents
 
-WHEEL = "cdktf-cdktf-provider-google==16.12.1"
-FILE = Path(__file__).with_name("schema.json")
+# The provider's version -> the package of it: the oldest and the newest that there is within our range.
+PACKAGES = {"7.31.0": "cdktn-provider-google==19.0.0", "8.7.0": "cdktn-provider-google==21.1.0"}
 OLDEST, NEWEST = "7.22", "9"  # of the provider: sandbox_config.type came with 7.22
+_SCHEMAS = Path(__file__).with_name("schemas")
 Arguments = dict[
     str, Any
 ]  # name -> {"required": bool, "kind": string | number | bool | list | map | block, "block": Arguments}
-
-# Newer than the package, which froze in December 2025; each as the documentation of hashicorp/google 7.45.0 has it, on
-# the page of the resource (website/docs/r/container_node_pool.html.markdown).
-NEWER: dict[str, Arguments] = {
-    "google_container_node_pool": {
-        "node_config.sandbox_config": {
-            "required": False,
-            "kind": "block",
-            "block": {"type": {"required": True, "kind": "string"}},
-        }
-    }
-}
 
 # Of google-beta alone (website/docs/r/project_service_identity.html.markdown).
 BETA: dict[str, Arguments] = {
@@ -65,29 +54,25 @@ def used() -> set[str]:
     return found
 
 
-def extract(wheel: Path) -> dict[str, Arguments]:
-    """The arguments of every type that is used."""
+def extract(wheel: Path) -> tuple[str, dict[str, Any]]:
+    """The provider's version; the arguments of every type that is used, and what it computes."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [each for each in archive.namelist() if each.endswith(".jsii.tgz")]
         packed = io.BytesIO(archive.read(name))
     with tarfile.open(fileobj=packed) as tar:
         file = tar.extractfile("package/.jsii")
         assert file
-        types = json.load(file)["types"]
-    configs = {fqn: about for fqn, about in types.items() if about["kind"] == "interface" and fqn.endswith("Config")}
-    found = {}
+        package = json.load(file)
+    types, readme = package["types"], package["readme"]["markdown"]
+    (version,) = re.findall(r"bindings for hashicorp/google provider version (\S+)", readme)
+    arguments, computed = {}, {}
     for kind in sorted(used() - set(BETA)):
         camel = "".join(part.title() for part in kind.removeprefix("data.").split("_")[1:])
         wanted = f"Data{'Google' + camel}" if kind.startswith("data.") else camel
-        (fqn,) = [
-            each for each in configs if each.rpartition(".")[2] == f"{wanted}Config" and _is_resource(types, each)
-        ]
-        found[kind] = _arguments(types, fqn, skip=frozenset({"id"}))  # which the schema has for all
-    return found
-
-
-def _is_resource(types: Arguments, fqn: str) -> bool:
-    return "cdktf.TerraformMetaArguments" in types[fqn].get("interfaces", [])
+        (fqn,) = [each for each in types if each.rpartition(".")[2] == wanted and "base" in types[each]]
+        arguments[kind] = _arguments(types, f"{fqn}Config", skip=frozenset({"id"}))  # which the schema has for all
+        computed[kind] = _computed(types, fqn, arguments[kind])
+    return version, {"arguments": arguments, "computed": computed}
 
 
 def _arguments(types: Arguments, fqn: str, skip: frozenset[str] = frozenset()) -> Arguments:
@@ -110,30 +95,61 @@ def _kind(types: Arguments, type_: Any) -> tuple[str, Arguments | None]:
         kind, block = _kind(types, collection["elementtype"])
         return ("map", None) if collection["kind"] == "map" else ("block", block) if kind == "block" else ("list", None)
     if "union" in type_:
-        kinds = [_kind(types, each) for each in type_["union"]["types"] if each.get("fqn") != "cdktf.IResolvable"]
+        kinds = [_kind(types, each) for each in type_["union"]["types"] if each.get("fqn") != "cdktn.IResolvable"]
         return next((each for each in kinds if each[0] == "block"), kinds[0])
-    if type_["fqn"] == "cdktf.IResolvable":
+    if type_["fqn"] == "cdktn.IResolvable":
         return "bool", None
     return "block", _arguments(types, type_["fqn"])
 
 
-def known() -> dict[str, Arguments]:
-    """schema.json, with what is newer."""
-    found: dict[str, Arguments] = json.loads(FILE.read_text(encoding="utf-8")) | BETA
-    for kind, paths in NEWER.items():
-        for path, about in paths.items():
-            place, name = _place(found[kind], path)
-            place[name] = about
+def _computed(types: Arguments, fqn: str, arguments: Arguments) -> dict[str, Any]:
+    """What a resource, or an object in it, has besides its arguments, with Terraform's types."""
+    found = {}
+    for about in types[fqn].get("properties", []):
+        name = re.sub("([A-Z])", lambda letter: f"_{letter[0].lower()}", about["name"])
+        if name not in ("tf_resource_type", "fqn", "internal_value", *arguments) and not name.endswith("_input"):
+            found[name] = _cty(types, about["type"])
     return found
 
 
-def _place(arguments: Arguments, path: str) -> tuple[Arguments, str]:
-    *outer, name = path.split(".")
-    for each in outer:
-        arguments = arguments[each]["block"]
-    return arguments, name
+def _cty(types: Arguments, type_: Any) -> Any:
+    """Terraform's name of the type."""
+    if "primitive" in type_:
+        return {"boolean": "bool"}.get(type_["primitive"], type_["primitive"])
+    if "collection" in type_:
+        return [
+            {"array": "list"}.get(type_["collection"]["kind"], "map"),
+            _cty(types, type_["collection"]["elementtype"]),
+        ]
+    name = type_.get("fqn", "cdktn.IResolvable")
+    if name in types and name.endswith("List"):
+        return ["list", ["object", _computed(types, f"{name.removesuffix('List')}OutputReference", {})]]
+    if name in types and name.endswith("OutputReference"):
+        return ["object", _computed(types, name, {})]
+    return {"cdktn.IResolvable": "bool", "cdktn.StringMap": ["map", "string"]}.get(name, "dynamic")
+
+
+@cache
+def _stored(version: str) -> dict[str, dict[str, Arguments]]:
+    found: dict[str, dict[str, Arguments]] = json.loads((_SCHEMAS / f"{version}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def known(version: str) -> dict[str, Arguments]:
+    """The arguments of each type, by that version of the provider."""
+    return _stored(version)["arguments"] | BETA
+
+
+def computed(version: str) -> dict[str, dict[str, Any]]:
+    """What each type computes, with Terraform's types."""
+    beta = {"id": "string", "email": "string", "member": "string"}
+    return _stored(version)["computed"] | dict.fromkeys(BETA, beta)
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(extract(Path(sys.argv[1])), sort_keys=True, separators=(",", ":")) + "\n")
-    print(f"{FILE.relative_to(TERRAFORM.parent)}: {FILE.stat().st_size} bytes")
+    _SCHEMAS.mkdir(exist_ok=True)
+    for path in map(Path, sys.argv[1:]):
+        version, schema = extract(path)
+        written = _SCHEMAS / f"{version}.json"
+        written.write_text(json.dumps(schema, sort_keys=True, separators=(",", ":")) + "\n")
+        print(f"{written.name}: {written.stat().st_size} bytes")

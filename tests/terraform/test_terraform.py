@@ -22,12 +22,14 @@ from tests.terraform.reading import TERRAFORM, Document, blocks, documents, plai
 BINARY = shutil.which("terraform")
 
 
-def test_nothing_is_wrong() -> None:
-    assert list(findings(documents(), schema.known())) == []
+@pytest.mark.parametrize("version", schema.PACKAGES)
+def test_nothing_is_wrong(version: str) -> None:
+    assert list(findings(documents(), schema.known(version))) == []
 
 
-def test_the_schema_knows_exactly_the_types_that_are_used() -> None:
-    assert set(schema.known()) == schema.used(), "python -m tests.terraform.schema WHEEL"
+@pytest.mark.parametrize("version", schema.PACKAGES)
+def test_the_schema_knows_exactly_the_types_that_are_used(version: str) -> None:
+    assert set(schema.known(version)) == schema.used(), "python -m tests.terraform.schema WHEEL..."
 
 
 def _paths(body: dict[str, Any], above: str = "") -> Iterator[str]:
@@ -196,7 +198,7 @@ def test_a_planted_mistake_is_found(mistake: str, tmp_path: Path) -> None:
         shutil.copy(path, tmp_path)
     file = next(path for path in sorted(tmp_path.glob("*.tf")) if before in path.read_text())
     file.write_text(file.read_text().replace(before, after, 1))
-    found = list(findings(documents() | {TERRAFORM / place: read(tmp_path)}, schema.known()))
+    found = list(findings(documents() | {TERRAFORM / place: read(tmp_path)}, schema.known(max(schema.PACKAGES))))
     assert [said for said in found if words in said] != [], found
 
 
@@ -285,7 +287,7 @@ def test_the_names_that_stage_30_replaces_are_in_the_overlays(overlay: str) -> N
 
 @pytest.mark.parametrize("stage", ["10-platform", "20-knative", "30-functions"])
 def test_the_tests_of_a_stage_are_about_it(stage: str) -> None:
-    """`terraform test` itself runs where providers can be had; here: they parse, and name what the stage has."""
+    """They parse, name what the stage has, and reach no cloud."""
     document = documents()[TERRAFORM / "stages" / stage]
     variables = {name: body for _, name, body in blocks(document, "variable")}
     providers = {plain(name) for each in document["provider"] for name in each if not name.startswith("__")}
