@@ -21,6 +21,7 @@ from safetensors import safe_open
 from tinker import types
 from transformers import AutoModelForCausalLM
 
+from tests import command
 from tests.conformance import data
 from tests.conformance.conftest import exported
 from tests.conformance.cookbook.workplace import COOKBOOK, installed
@@ -193,6 +194,26 @@ def test_an_adapter_of_a_tied_head_says_that_it_does_not_merge_and_how_it_would(
     untied = loaded(model, tie_word_embeddings=False)
     untied.lm_head.weight.data = untied.get_input_embeddings().weight.data.clone()
     close(logprobs(in_peft(untied, tmp_path).merge_and_unload()), wanted)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["linears", "the head"])
+def test_an_export_is_the_model_that_is_served(server: Server, model: Path, head: bool, tmp_path: Path) -> None:
+    """`knapper export`, of a training state, over REST; a head that is the embedding gets a matrix of its own."""
+    only_head = {"train_attn": False, "train_mlp": False} if head else {}
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
+        client = trained(service, model, **only_head)
+        wanted = served(client)
+        path = client.save_state("final").result().path
+    environment = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
+    for said in ("merged 1 of 1: model.safetensors\n", f"{tmp_path}/out/merged is complete already\n"):
+        done = command.knapper("export", path, "--merged", "--out", str(tmp_path / "out"), environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    close(logprobs(loaded(tmp_path / "out" / "merged")), wanted)
+    missing = command.knapper("export", f"{path}s", "--merged", "--out", str(tmp_path / "no"), environment=environment)
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "does not exist" in missing.stderr
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("model", ["tied"], indirect=True)
