@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from knapper.errors import UserError
 
@@ -31,6 +31,10 @@ def push(repository: str, folder: Path, names: Sequence[str], *, private: bool, 
             f"{api.endpoint} refuses {repository}: {str(error).splitlines()[0].rstrip('.')}. Set HF_TOKEN to one that "
             "may write there, or `hf auth login`"
         ) from error
+    except ValueError as error:  # the hub does not take the card
+        raise UserError(f"{folder / CARD}: {' '.join(str(error).split())}. Correct it, or remove it") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing is uploaded; unset it") from error
     except _NO_ANSWER as error:
         raise UserError(f"{api.endpoint} does not answer: {error}; start this again later") from error
     return str(address)

@@ -144,7 +144,7 @@ def _card(asked: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(tag, str) for tag in metadata.get("tags", [])):
         errors.append({"message": '"tags" must be an array of strings'})
     if errors:
-        raise Refused(400, "; ".join(error["message"] for error in errors))
+        raise Refused(400, "Invalid metadata", {"errors": errors, "warnings": []})
     return {"errors": [], "warnings": []}
 
 

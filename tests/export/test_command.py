@@ -11,6 +11,7 @@ from tests import command
 from tests.engine.tiny import tiny_model
 from tests.export import hub
 from tests.export.hub import Hub
+from tests.export.test_gguf import SCRIPT, STAND_IN
 from tests.export.test_merge import loaded, logprobs, trained
 
 
@@ -23,6 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trained") / "adapter"
     trained(base, directory, target_modules=["q_proj", "down_proj"])
+    (directory / "README.md").unlink()  # PEFT's own
     return directory
 
 
@@ -33,7 +35,12 @@ def shown() -> Iterator[Hub]:
 
 
 def export(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    hermetic = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    hermetic = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     return command.knapper("export", *map(str, arguments), environment={**os.environ, **hermetic, **environment})
 
 
@@ -74,6 +81,29 @@ def test_what_is_missing_is_said_before_anything_is_written(adapter: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_ollama_is_given_a_modelfile_beside_its_file(adapter: Path, tmp_path: Path) -> None:
+    """A script stands for Ollama: it looks for what the Modelfile names where Ollama would, beside it."""
+    (programs := tmp_path / "bin").mkdir()
+    (programs / SCRIPT).write_text(STAND_IN.format(names=("token_embd.weight",)))
+    (stands_for := programs / "ollama").write_text(
+        'if [ "$1 $2 $3" != "create mine -f" ]; then echo "unknown: $*" >&2; exit 2; fi\n'
+        'read -r word file < "$4"; test "$word" = FROM && test -f "$file" || { echo "no $file" >&2; exit 1; }\n'
+    )
+    stands_for.write_text("#!/bin/sh\n" + stands_for.read_text())
+    stands_for.chmod(0o755)
+    asked = (adapter, "--ollama", "mine", "--llama-cpp", programs, "--out", tmp_path / "out")
+    alone = export(*asked, PATH="/nowhere")
+    assert alone.returncode == 1
+    assert f"ollama is not on PATH; {tmp_path}/out/Modelfile is written" in alone.stderr
+    done = export(*asked, PATH=f"{programs}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [
+        f"{tmp_path}/out/Modelfile; the model's chat template is more than turns, so Ollama's own guess is used",
+        "ollama run mine",
+    ]
+    assert (tmp_path / "out" / "Modelfile").read_text() == "FROM ./adapter-q8_0.gguf\n"
+
+
 def test_an_adapter_on_the_hub_is_private_and_is_not_sent_twice(adapter: Path, shown: Hub) -> None:
     environment = {"HF_ENDPOINT": shown.url, "HF_TOKEN": hub.TOKEN}
     done = export(adapter, "--push-to-hub", "ada/mine", **environment)
@@ -101,4 +131,13 @@ def test_a_hub_that_refuses_or_is_not_there_is_said_in_one_line(adapter: Path, s
         assert len(refused.stderr.splitlines()) == 1, refused.stderr
     gone = export(adapter, "--push-to-hub", "ada/mine", HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=hub.TOKEN)
     assert "http://127.0.0.1:9 does not answer" in gone.stderr
-    assert not shown.repositories
+    (adapter / "README.md").write_text("---\nbase_model: /srv/models/mine\n---\n")
+    try:
+        path = export(adapter, "--push-to-hub", "ada/mine", HF_ENDPOINT=shown.url, HF_TOKEN=hub.TOKEN)
+    finally:
+        (adapter / "README.md").unlink()
+    assert f"{adapter}/README.md: Invalid metadata" in path.stderr
+    assert '"/srv/models/mine" is not valid' in path.stderr
+    offline = export(adapter, "--push-to-hub", "ada/mine", HF_ENDPOINT=shown.url, HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set, so nothing is uploaded" in offline.stderr
+    assert shown.repositories == {"ada/mine": {}}

@@ -19,7 +19,7 @@ from knapper.catalogue import smollm2_gguf
 from knapper.catalogue.download import SMOLLM2, obtain
 from knapper.errors import UserError
 from knapper.export import adapter, gguf, merge
-from knapper.export.gguf import Tools
+from knapper.export.gguf import SCRIPT, Tools
 from knapper.settings import Settings
 from tests.export.test_merge import ALL, trained
 
@@ -45,7 +45,7 @@ writer.close()
 
 
 def tools(tmp_path: Path, *names: str) -> Tools:
-    (tmp_path / gguf.SCRIPT).write_text(STAND_IN.format(names=names or ("token_embd.weight",)))
+    (tmp_path / SCRIPT).write_text(STAND_IN.format(names=names or ("token_embd.weight",)))
     return Tools.find(tmp_path, ["f16"])
 
 
@@ -84,7 +84,7 @@ def test_a_program_that_fails_is_quoted(tmp_path: Path) -> None:
     programs = tools(tmp_path)
     with pytest.raises(UserError, match=r"convert_hf_to_gguf.py failed: no config.json"):
         gguf.write(tmp_path / "nowhere", tmp_path, "mine", ["f16"], programs, print, untied=False)
-    (tmp_path / gguf.SCRIPT).write_text("import no_such_module_at_all")
+    (tmp_path / SCRIPT).write_text("import no_such_module_at_all")
     with pytest.raises(UserError, match="needs no_such_module_at_all; install it here: pip install"):
         gguf.write(model(tmp_path), tmp_path, "mine", ["f16"], programs, print, untied=False)
 
