@@ -44,9 +44,9 @@ def export(
 ) -> None:
     """Write a checkpoint in a form that others load. What an interrupted export finished is not done again."""
     from knapper.cli.jobs_client import JobsClient
-    from knapper.export.order import Order, carry_out
+    from knapper.export.order import ExportOrder, carry_out
 
-    order = Order(
+    order = ExportOrder(
         checkpoint, peft=peft or not (merged or gguf or ollama), merged=merged, gguf=tuple(gguf or ()), ollama=ollama,
         repository=push_to_hub, public=public, out=out, base=base, llama_cpp=llama_cpp,
     )  # fmt: skip

@@ -57,7 +57,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PeftAdapter:
     """`pairs`: by the module's name in transformers. `base_model`: as the adapter names it, perhaps empty."""
 
     directory: Path
@@ -66,13 +66,18 @@ class Adapter:
 
     def matrices(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """A and B in float32, A with the scale in it."""
+        a_RI, b_OR = self.stored(pair)
+        return a_RI * pair.scale, b_OR
+
+    def stored(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """A and B as they are, in float32."""
         file = weight_files.opened(self.directory / WEIGHTS, "pt")
         a_RI: Tensor = file.get_tensor(pair.a)  # type: ignore[no-untyped-call]  # the library has no types here
         b_OR: Tensor = file.get_tensor(pair.b)  # type: ignore[no-untyped-call]
-        return a_RI.float() * pair.scale, b_OR.float()
+        return a_RI.float(), b_OR.float()
 
 
-def read(directory: Path) -> Adapter:
+def read(directory: Path) -> PeftAdapter:
     """The adapter in the directory. Raises UserError for one that is not there, damaged, or more than LoRA."""
     config = _config(directory)
     for option, plain in _PLAIN.items():
@@ -83,7 +88,7 @@ def read(directory: Path) -> Adapter:
             )
     sides = _sides(directory / WEIGHTS)
     pairs = {module: _pair(directory, module, found, config) for module, found in sorted(sides.items())}
-    return Adapter(directory, str(config.get("base_model_name_or_path") or ""), pairs)
+    return PeftAdapter(directory, str(config.get("base_model_name_or_path") or ""), pairs)
 
 
 def _config(directory: Path) -> dict[str, Any]:

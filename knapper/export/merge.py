@@ -23,8 +23,8 @@ from knapper.engine.models.fields import UnsupportedModel, read_json
 from knapper.engine.models.weight_files import TensorHeader
 from knapper.errors import UserError
 from knapper.export import safetensors_file, space
-from knapper.export.adapter import WEIGHTS, Adapter, Pair
-from knapper.export.safetensors_file import Entry
+from knapper.export.adapter import WEIGHTS, Pair, PeftAdapter
+from knapper.export.safetensors_file import TensorEntry
 
 Say = Callable[[str], None]
 
@@ -48,11 +48,11 @@ class _Write:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """What a merge writes: `files`, by name, in order. `untied`: the head gets a matrix of its own."""
 
     base: Path
-    adapter: Adapter
+    adapter: PeftAdapter
     files: Mapping[str, Sequence[_Write]]
     untied: bool
 
@@ -69,7 +69,7 @@ class Plan:
         return 4 * max(_BLOCK_BYTES, 4 * max(pair.inputs for pair in pairs)) + matrices
 
 
-def plan(base: Path, adapter: Adapter) -> Plan:
+def plan(base: Path, adapter: PeftAdapter) -> MergePlan:
     """Raises UserError unless every matrix of the adapter has a weight of its own in the base's files."""
     entries = weight_files.entries(base)
     stored_as = {text: name for name in entries if (text := text_name(name)) is not None}
@@ -96,10 +96,10 @@ def plan(base: Path, adapter: Adapter) -> Plan:
     if untied:
         head = entries[stored_as[_EMBEDDING]]
         files[head.path.name].append(_Write(_HEAD_WEIGHT, head, adapter.pairs[HEAD]))
-    return Plan(base, adapter, files, untied)
+    return MergePlan(base, adapter, files, untied)
 
 
-def merge(plan: Plan, out: Path, say: Say) -> None:
+def merge(plan: MergePlan, out: Path, say: Say) -> None:
     """Write the model directory, going on where an interrupted one ended; config.json, which makes it one, comes last.
 
     Raises UserError for a directory that holds something else, or a disk or memory that will not do.
@@ -137,7 +137,7 @@ def _begin(out: Path, made_of: str) -> set[str]:
     return {path.name for path in out.glob("*.safetensors") if not path.name.startswith(".")}
 
 
-def _made_of(plan: Plan) -> str:
+def _made_of(plan: MergePlan) -> str:
     """A digest of the adapter's bytes, and of what the base's files are, without reading all of them."""
     digest = hashlib.sha256()
     with (plan.adapter.directory / WEIGHTS).open("rb") as file:
@@ -150,12 +150,12 @@ def _made_of(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _write_file(plan: Plan, path: Path, writes: Sequence[_Write]) -> None:
+def _write_file(plan: MergePlan, path: Path, writes: Sequence[_Write]) -> None:
     """All tensors of a file come from one of the base's."""
     (source,) = {each.source.path for each in writes}
     file = weight_files.opened(source, "pt")
     entries = [
-        Entry(each.name, _CODES.get(each.source.dtype, each.source.dtype), each.source.shape, each.source.nbytes)
+        TensorEntry(each.name, _CODES.get(each.source.dtype, each.source.dtype), each.source.shape, each.source.nbytes)
         for each in writes
     ]
     pieces = (
@@ -177,7 +177,7 @@ def _blocks(file: safe_open, header: TensorHeader) -> Iterator[Tensor]:
         yield rows[start : min(start + step, header.shape[0])]
 
 
-def _sums(file: safe_open, write: _Write, adapter: Adapter) -> Iterator[Tensor]:
+def _sums(file: safe_open, write: _Write, adapter: PeftAdapter) -> Iterator[Tensor]:
     assert write.pair is not None
     a_RI, b_OR = adapter.matrices(write.pair)
     step = max(1, _BLOCK_BYTES // (4 * write.pair.inputs))
@@ -194,7 +194,7 @@ def _sums(file: safe_open, write: _Write, adapter: Adapter) -> Iterator[Tensor]:
         yield merged
 
 
-def _write_index(plan: Plan, out: Path) -> None:
+def _write_index(plan: MergePlan, out: Path) -> None:
     if list(plan.files) == ["model.safetensors"]:
         return
     weight_map = {write.name: name for name, writes in plan.files.items() for write in writes}
@@ -202,7 +202,7 @@ def _write_index(plan: Plan, out: Path) -> None:
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _config(plan: Plan) -> dict[str, Any]:
+def _config(plan: MergePlan) -> dict[str, Any]:
     config = read_json(plan.base / "config.json") or {}
     if plan.untied:
         config["tie_word_embeddings"] = False

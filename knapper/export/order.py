@@ -19,7 +19,7 @@ _OLLAMA_DEFAULT: Final = "q8_0"
 
 
 @dataclass(frozen=True)
-class Order:
+class ExportOrder:
     """`checkpoint`: a tinker:// path, a job's name, or a PEFT directory."""
 
     checkpoint: str
@@ -62,7 +62,7 @@ class Order:
         return kinds[0] if self.repository is not None else None
 
 
-def carry_out(order: Order, fetch: Fetch, cache: Path, say: Say) -> None:
+def carry_out(order: ExportOrder, fetch: Fetch, cache: Path, say: Say) -> None:
     """`cache`: where base models are. Raises UserError; what is finished by then stays, and is not done again."""
     types, pushed = order.types, order.pushed()
     tools = gguf.Tools.find(order.llama_cpp, types) if types else None
@@ -83,7 +83,7 @@ def carry_out(order: Order, fetch: Fetch, cache: Path, say: Say) -> None:
         _push(order, pushed, directory, order.base or name, say)
 
 
-def _adapter(order: Order, fetch: Fetch) -> tuple[Path, str]:
+def _adapter(order: ExportOrder, fetch: Fetch) -> tuple[Path, str]:
     """The adapter's directory, and the name of its base model."""
     if (given := Path(order.checkpoint)).is_dir():
         from knapper.export import adapter
@@ -104,7 +104,7 @@ def _base(name: str, cache: Path, say: Say) -> Path:
     return obtain(name, cache, say)
 
 
-def _gguf(order: Order, types: list[str], tools: gguf.Tools, say: Say, *, untied: bool) -> None:
+def _gguf(order: ExportOrder, types: list[str], tools: gguf.Tools, say: Say, *, untied: bool) -> None:
     merged = order.place / "merged"
     files = gguf.write(merged, order.place, order.stem, types, tools, say, untied=untied)
     if order.ollama is None:
@@ -120,7 +120,7 @@ def _gguf(order: Order, types: list[str], tools: gguf.Tools, say: Say, *, untied
     say(f"ollama run {order.ollama}")
 
 
-def _push(order: Order, kind: str, directory: Path, base_model: str, say: Say) -> None:
+def _push(order: ExportOrder, kind: str, directory: Path, base_model: str, say: Say) -> None:
     from knapper.export import hub
 
     assert order.repository is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor to be written. `dtype`: as the format names it, such as BF16."""
 
     name: str
@@ -25,7 +25,7 @@ class Entry:
     nbytes: int
 
 
-def write(path: Path, entries: Iterable[Entry], pieces: Iterator[Tensor], metadata: Mapping[str, str]) -> None:
+def write(path: Path, entries: Iterable[TensorEntry], pieces: Iterator[Tensor], metadata: Mapping[str, str]) -> None:
     """The file, durable and whole, or none. `pieces`: the tensors' rows, in the order of the entries.
 
     What is written before the end stands beside it, under another name.

@@ -72,6 +72,10 @@ TESTS: Final = {
         "docs/export.md",
         "knapper export tinker://RUN",
     ): "tests/conformance/test_merging.py::test_an_export_is_the_model_that_is_served",
+    (
+        "docs/export.md",
+        "knapper import ./their-adapter",
+    ): "tests/conformance/test_merging.py::test_an_imported_adapter_trains_and_samples",
     ("docs/rewards.md", "reward: {name: exact_match}"): _REWARDS,
     ("docs/rewards.md", "reward: {code: reward.py}"): _REWARDS,
     ("docs/rewards.md", "reward:  "): _REWARDS,

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from knapper.export.gguf import SCRIPT
 from tests import command
 from tests.engine.tiny import tiny_model
 from tests.export import hub
 from tests.export.hub import Hub
-from tests.export.test_gguf import SCRIPT, STAND_IN
+from tests.export.test_gguf import STAND_IN
 from tests.export.test_merge import loaded, logprobs, trained
 
 

@@ -138,7 +138,7 @@ def test_a_bfloat16_base_is_rounded_once(tmp_path: Path) -> None:
         a_RI, b_OR = found.matrices(pair)
         name = f"{module}.weight"
         exact = weights[name].double() + b_OR.double() @ a_RI.double()
-        torch.testing.assert_close(written[name], exact.to(torch.bfloat16), atol=1e-6, rtol=2**-8)
+        torch.testing.assert_close(written[name], exact.to(torch.bfloat16), atol=1e-6, rtol=2**-7)
         adapted += int(not torch.equal(written[name], weights[name]))
     assert adapted == len(found.pairs)
 
