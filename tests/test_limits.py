@@ -114,6 +114,8 @@ ELSEWHERE = {
         "knapper/catalogue/served_models.py": "_attempts_max",
         "knapper/catalogue/tokenizer.py": "_PIECE_CHARS",
         "knapper/cli/jobs_transfer.py": "_CHUNK_BYTES _CHANGES_MAX",
+        "knapper/export/merge.py": "_BLOCK_BYTES",
+        "knapper/export/space.py": "_SPARE_BYTES",
         "knapper/engine/hardware.py": "_SPEEDUP_MIN",
         "knapper/engine/layers/batch_invariance.py": "_ROWS_MAX _ELEMENTS_MAX _PROBE_ELEMENTS_MAX",
         "knapper/engine/layers/batch_invariant_attention.py": "ROWS_MIN _scores_max",

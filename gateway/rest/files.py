@@ -22,7 +22,7 @@ async def list_files(request: Request) -> Response:
     """Name, size and SHA-256 of each, with what the checkpoint is: the tenant's own, or a public one."""
     checkpoint, index = await _readable(request)
     files = [{"name": part.name, "size": part.size, "sha256": part.sha256.hex()} for part in index.parts]
-    return JSONResponse({**responses.checkpoint(checkpoint), "base_model": checkpoint.base_model, "files": files})
+    return JSONResponse({**responses.checkpoint(checkpoint), "files": files})
 
 
 async def get_file(request: Request) -> Response:

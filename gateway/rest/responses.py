@@ -11,7 +11,7 @@ from knapper.ids import CheckpointKind, TinkerPath
 from knapper.state.checkpoints import Checkpoint
 from knapper.state.signed_links import Link
 
-_TYPES: dict[CheckpointKind, str] = {
+TYPES: dict[CheckpointKind, str] = {
     "weights": "training", "sampler_weights": "sampler", "external_weights": "external",
 }  # fmt: skip
 
@@ -29,9 +29,10 @@ def checkpoint(record: Checkpoint) -> dict[str, Any]:
     path = TinkerPath.parse(record.path)
     return {
         "checkpoint_id": f"{path.kind}/{path.name}",
-        "checkpoint_type": _TYPES[path.kind],
+        "checkpoint_type": TYPES[path.kind],
         "time": time(record.saved_at),
         "tinker_path": record.path,
+        "base_model": record.base_model,
         "size_bytes": record.size_bytes,
         "public": record.public,
         "user_metadata": record.user_metadata or None,
@@ -47,6 +48,11 @@ def labels(metadata_json: str) -> dict[str, str] | None:
     """A client's metadata. The protocol returns strings, so other values become their JSON."""
     metadata = json.loads(metadata_json)
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()} or None
+
+
+def moment(microseconds: int) -> str:
+    """A time since the epoch as ISO 8601 in UTC, exactly: a cursor that comes back is the same number."""
+    return datetime.fromtimestamp(microseconds // 10**6, UTC).replace(microsecond=microseconds % 10**6).isoformat()
 
 
 async def link_url(request: Request, link: Link) -> str:

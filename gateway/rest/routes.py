@@ -15,6 +15,7 @@ ROUTES = [
         ("DELETE", "training_runs/{run_id}", runs.delete_run, _NONE),
         ("GET", "training_runs/{run_id}/checkpoints", runs.list_checkpoints, _NONE),
         ("GET", "checkpoints", checkpoints.list_all, _NONE),
+        ("POST", "checkpoints/search", checkpoints.search, _LABELS),
         ("DELETE", _CHECKPOINT, checkpoints.delete, _NONE),
         ("POST", f"{_CHECKPOINT}/publish", checkpoints.publish, _NONE),
         ("DELETE", f"{_CHECKPOINT}/publish", checkpoints.unpublish, _NONE),

@@ -1,6 +1,6 @@
 """Sessions: list, search, show, assign to projects, and export timelines."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -77,8 +77,7 @@ async def search(request: Request) -> Response:
     cursor = None
     if len(matches) > query.limit:
         last = page[-1][0]
-        at = datetime.fromtimestamp(last.created_us // 10**6, UTC).replace(microsecond=last.created_us % 10**6)
-        cursor = {"last_created_at": at.isoformat(), "last_session_id": last.session}
+        cursor = {"last_created_at": responses.moment(last.created_us), "last_session_id": last.session}
     sessions = [{**summary, **await _storage(gateway, listing.session, tenant)} for listing, summary in page]
     return JSONResponse({"sessions": sessions, "next_cursor": cursor})
 

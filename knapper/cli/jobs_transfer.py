@@ -109,30 +109,33 @@ def _current(client: "JobsClient", job: str, name: str, folder: Path) -> bool:
         file = next((file for file in client.files(job) if file["name"] == name), None)
         if file is None:
             break
-        target = folder / name
-        if file["sha256"] and target.is_file() and _sha256(target) == file["sha256"]:
-            return False
-        if _fetch(client, job, file, target):
-            return True
+        fetched = fetch(client, f"/jobs/{names.job(job)}/files/{quote(name)}", file, folder / name)
+        if fetched is not None:
+            return fetched
     raise UserError(f"{name} of job {job} changed during every attempt, or is gone; download it again later")
 
 
-def _fetch(client: "JobsClient", job: str, file: dict[str, Any], target: Path) -> bool:
-    """False if the received bytes are not the listed file's. A partial download stays beside it, under its version."""
+def fetch(client: "JobsClient", url: str, file: dict[str, Any], target: Path) -> bool | None:
+    """False if `target` is the listed file already, None if the received bytes are not its.
+
+    A partial download stays beside it, under its version, and is resumed.
+    """
+    if file["sha256"] and target.is_file() and _sha256(target) == file["sha256"]:
+        return False
     target.parent.mkdir(parents=True, exist_ok=True)
     version = hashlib.sha256(f"{file['sha256']} {file['etag']}".encode()).hexdigest()[:16]
     part, tries = target.with_name(f".{target.name}.{version}.part"), 0
     while not part.exists() or part.stat().st_size < file["size"]:
         before = part.stat().st_size if part.exists() else 0
         try:
-            _append(client, f"/jobs/{names.job(job)}/files/{quote(file['name'])}", file, part)
+            _append(client, url, file, part)
         except Unavailable as error:
             tries = _pause(tries, error) if part.stat().st_size <= before else 0
         else:
             break
     if part.stat().st_size != file["size"] or file["sha256"] not in (None, _sha256(part)):
         part.unlink()
-        return False
+        return None
     part.replace(target)
     return True
 

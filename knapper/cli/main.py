@@ -10,7 +10,8 @@ import typer
 import knapper
 from knapper.cli import chaos as chaos
 from knapper.cli import demo as demo
-from knapper.cli import deploy, quota, runs
+from knapper.cli import deploy, import_adapter, quota, runs
+from knapper.cli import export as export
 from knapper.cli import jobs as jobs
 from knapper.cli.tables import Json, listing, utc
 from knapper.text.printable import say
@@ -38,6 +39,8 @@ app.add_typer(deploy.app, name="deploy")
 app.command()(deploy.doctor)
 app.command()(chaos.chaos)
 app.command()(demo.demo)
+app.command()(export.export)
+app.command("import")(import_adapter.import_adapter)
 
 
 def _print_version(wanted: bool) -> None:

@@ -124,6 +124,21 @@ class SessionSearch(RequestBody, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
+class CheckpointCursor(RequestBody, frozen=True, kw_only=True):
+    last_created_at: Annotated[datetime, Meta(tz=True)]
+    last_checkpoint_uuid: Path
+
+
+class CheckpointSearch(RequestBody, frozen=True, kw_only=True):
+    project_ids: Annotated[list[Project], Meta(max_length=limits.search_projects_max)] | None = None
+    user_metadata: Labels = {}
+    checkpoint_type: Literal["training", "sampler", "external"] | None = None
+    owner: Own | Accessible | Users = msgspec.field(default_factory=Own)
+    base_models: Annotated[list[Text], Meta(max_length=limits.search_models_max)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=limits.checkpoints_found_max)] = 50
+    cursor: CheckpointCursor | None = None
+
+
 class AuditQuery(RequestBody, frozen=True, kw_only=True):
     event_type: Literal["all", "checkpoints", "projects", "teams", "organizations"] = "all"
     day: Annotated[str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None

@@ -204,6 +204,7 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
         "/events/dead": [_of({}, "a", "[]")],
         "/api/v1/weights_info": [_text({}, "tinker_path", "x")],
         "/api/v1/copy_weights": [_text({"source_path": objects.checkpoint}, "destination_project_id", "x")],
+        "/api/v1/checkpoints/search": [_of({}, "base_models", '"a"'), _of({}, "user_metadata", '"a": "b"', "{", "}")],
         "/api/v1/sessions/search": [_of({}, "project_ids", '"a"'), _of({}, "user_metadata", '"a": "b"', "{", "}")],
         "/api/v1/sessions/{session_id}/project": [_text({}, "project_id", "x")],
         "/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl": [_of({}, "ttl_seconds", "1")],

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import tinker
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tinker import types
 from transformers import AutoModelForCausalLM
 
+from tests import command
 from tests.conformance import data
 from tests.conformance.conftest import exported
 from tests.conformance.cookbook.workplace import COOKBOOK, installed
@@ -193,6 +195,59 @@ def test_an_adapter_of_a_tied_head_says_that_it_does_not_merge_and_how_it_would(
     untied = loaded(model, tie_word_embeddings=False)
     untied.lm_head.weight.data = untied.get_input_embeddings().weight.data.clone()
     close(logprobs(in_peft(untied, tmp_path).merge_and_unload()), wanted)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["linears", "the head"])
+def test_an_export_is_the_model_that_is_served(server: Server, model: Path, head: bool, tmp_path: Path) -> None:
+    """`knapper export`, of a training state, over REST; a head that is the embedding gets a matrix of its own."""
+    only_head = {"train_attn": False, "train_mlp": False} if head else {}
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
+        client = trained(service, model, **only_head)
+        wanted = served(client)
+        path = client.save_state("final").result().path
+    environment = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
+    for said in ("merged 1 of 1: model.safetensors\n", f"{tmp_path}/out/merged is complete already\n"):
+        done = command.knapper("export", path, "--merged", "--out", str(tmp_path / "out"), environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    close(logprobs(loaded(tmp_path / "out" / "merged")), wanted)
+    missing = command.knapper("export", f"{path}s", "--merged", "--out", str(tmp_path / "no"), environment=environment)
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "does not exist" in missing.stderr
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("model", ["tied"], indirect=True)
+def test_an_imported_adapter_trains_and_samples(server: Server, model: Path, tmp_path: Path) -> None:
+    """One of PEFT's, of some modules, imported beside the running server; what it does not adapt stays as it is."""
+    config = LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    theirs: Any = get_peft_model(loaded(model), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    done = command.knapper("import", str(tmp_path / "theirs"), "--data", str(server.data))
+    assert done.returncode == 0, done.stderr
+    state, weights = done.stdout.split()
+    with tinker.ServiceClient(base_url=server.url, api_key="tml-local") as service:
+        client = service.create_training_client_from_state(state).result()
+        close(served(client), logprobs(theirs))
+        sampler = service.create_sampling_client(weights).result()
+        ids = BATCH[0].model_input.to_ints()
+        found = sampler.compute_logprobs(types.ModelInput.from_ints(ids)).result()[1:]
+        with torch.no_grad():
+            logits = theirs(input_ids=torch.tensor([ids])).logits[0].float()
+        wanted = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        close(torch.tensor(found), wanted)
+        losses = []
+        for _ in range(3):
+            losses.append(client.forward_backward(BATCH, "cross_entropy").result().metrics["loss:sum"])
+            client.optim_step(ADAM).result()
+        assert losses[-1] < losses[0]
+        exported(server, client.save_state("trained").result().path, tmp_path / "trained")
+    tensors = load_file(tmp_path / "trained" / "adapter_model.safetensors")
+    moved = {name.split(".lora_")[0].rpartition(".")[2] for name, tensor in tensors.items() if tensor.any()}
+    assert moved == {"q_proj"}
 
 
 @pytest.mark.parametrize("model", ["tied"], indirect=True)

@@ -68,6 +68,14 @@ TESTS: Final = {
         "default: {runs: 5, rank: 16}",
     ): "tests/cli/test_quota.py::test_the_file_of_the_page_is_a_file_of_quotas",
     ("docs/openai.md", "import tinker"): "tests/conformance/test_openai.py::test_the_program_of_the_documentation_runs",
+    (
+        "docs/export.md",
+        "knapper export tinker://RUN",
+    ): "tests/conformance/test_merging.py::test_an_export_is_the_model_that_is_served",
+    (
+        "docs/export.md",
+        "knapper import ./their-adapter",
+    ): "tests/conformance/test_merging.py::test_an_imported_adapter_trains_and_samples",
     ("docs/rewards.md", "reward: {name: exact_match}"): _REWARDS,
     ("docs/rewards.md", "reward: {code: reward.py}"): _REWARDS,
     ("docs/rewards.md", "reward:  "): _REWARDS,

@@ -56,6 +56,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("32,768 bytes", "limits:head_bytes_max"), ("20 s", "limits:head_s"), ("1,024 bytes", "limits:body_rate_min"),
         ("20 s", "limits:body_stalled_s"), ("30 seconds", "knapper.concurrency.retry:_PAUSE_MAX_S"),
     ],
+    "docs/export.md": [("64 MiB", "knapper.export.merge:_BLOCK_BYTES")],
     "docs/events.md": [("30 s", "limits:slice_s"), ("0.3 s", "knapper.local.broker.watcher:_STILL_S")],
     "docs/jobs.md": [
         ("256 MiB", "limits:job_upload_bytes_max"), ("8 MiB", "limits:upload_part_bytes"),

@@ -171,6 +171,11 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("DELETE", "/api/v1/training_runs/{run_id}"): nothing,
     ("GET", "/api/v1/training_runs/{run_id}/checkpoints"): nothing,
     ("GET", "/api/v1/checkpoints"): query(limit=5, offset=0),
+    ("POST", "/api/v1/checkpoints/search"): body(lambda world, _: {
+        "project_ids": ["p"], "user_metadata": {"a": "b"}, "checkpoint_type": "training", "owner": {"type": "own"},
+        "base_models": [world.model], "limit": 3,
+        "cursor": {"last_created_at": "2026-01-01T00:00:00.5+02:00", "last_checkpoint_uuid": world.mine.path()},
+    }),
     ("DELETE", ONE): nothing,
     ("POST", f"{ONE}/publish"): nothing,
     ("DELETE", f"{ONE}/publish"): nothing,

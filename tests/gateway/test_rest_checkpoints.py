@@ -1,12 +1,14 @@
 """Checkpoints over raw HTTP: lists, deletion, publishing, times to live, and the bytes behind them."""
 
+from typing import Any
+
 import httpx
 import pytest
 
 from gateway import periodic_tasks
 from knapper import limits
 from tests.gateway import saved
-from tests.gateway.running import Running, settings
+from tests.gateway.running import MODEL, Running, settings
 from tests.gateway.saved import Clock
 
 
@@ -44,6 +46,48 @@ def test_a_list_is_newest_first_and_pages_with_a_cursor(running: Running, clock:
     assert [page["cursor"] for page in pages] == [
         {"offset": at, "limit": 2, "total_count": 5} for at in (0, 2, 4)
     ]  # fmt: skip
+
+
+def found(running: Running, **query: Any) -> list[str]:
+    return [each["tinker_path"] for each in running.post("checkpoints/search", query)["checkpoints"]]
+
+
+def test_a_search_pages_through_everything_once(running: Running, clock: Clock) -> None:
+    run = running.make_run()
+    early = saved.save(running, run, "early", seq=9)
+    clock.at += 0.000001
+    later = [saved.save(running, run, f"b-{n}", seq=n + 1) for n in range(4)]  # at the same moment
+    seen, cursor = [], None
+    for _ in range(3):
+        page = running.post("checkpoints/search", {"limit": 2} | ({"cursor": cursor} if cursor else {}))
+        seen += [each["tinker_path"] for each in page["checkpoints"]]
+        cursor = page["next_cursor"]
+    assert cursor is None
+    assert seen == [*sorted(later, reverse=True), early]
+
+
+def test_a_search_filters(running: Running) -> None:
+    run = running.make_run()
+    a = saved.save(running, run, "a", "weights", seq=1)
+    b = saved.save(running, run, "b", "sampler_weights", seq=2)
+    saved.save(running, saved.others_run(running), "theirs", tenant=saved.OTHER, public=True)
+    assert set(found(running)) == {a, b}
+    assert found(running, checkpoint_type="sampler") == [b]
+    assert found(running, user_metadata={"note": "a"}) == [a]
+    assert found(running, user_metadata={"note": "a", "more": "x"}) == []
+    assert set(found(running, base_models=[MODEL.name, "another"])) == {a, b}
+    assert found(running, base_models=[]) == found(running, base_models=["another"]) == []
+    assert set(found(running, owner={"type": "user", "owner_urns": ["local"]})) == {a, b}
+    assert found(running, owner={"type": "user", "owner_urns": [saved.OTHER]}) == []
+    assert found(running, project_ids=["p"]) == []
+    session = run.partition(":")[0]
+    running.http.put(f"sessions/{session}/project", json={"project_id": "p"}).raise_for_status()
+    assert set(found(running, project_ids=["p", "q"])) == {a, b}
+    assert all(each["base_model"] == MODEL.name for each in running.post("checkpoints/search", {})["checkpoints"])
+    wrong: dict[str, Any]
+    for wrong in ({"limit": 201}, {"limit": 0}, {"checkpoint_type": "weights"}, {"name": "a"}, {"cursor": {}}):
+        assert running.http.post("checkpoints/search", json=wrong).status_code == 422
+    assert running.http.post("checkpoints/search", json={"limit": 200}).status_code == 200
 
 
 def test_a_list_of_one_run_shows_each_kind(running: Running) -> None:

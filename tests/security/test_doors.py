@@ -226,6 +226,7 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("DELETE", "/api/v1/training_runs/{run_id}"): Named([nothing]),
     ("GET", "/api/v1/training_runs/{run_id}/checkpoints"): Named([nothing]),
     ("GET", "/api/v1/checkpoints"): Own(shows=Objects.path),
+    ("POST", "/api/v1/checkpoints/search"): Own({"json": {}}, shows=lambda owned: owned.path()),
     ("DELETE", _ONE): Named([nothing]),
     ("POST", f"{_ONE}/publish"): Named([nothing]),
     ("DELETE", f"{_ONE}/publish"): Named([nothing]),

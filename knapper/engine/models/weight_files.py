@@ -18,7 +18,7 @@ from knapper.engine.models.config import ModelConfig, is_composite
 from knapper.errors import NotFound, UserError
 
 ALLOWED: Final = ("bfloat16", "float16", "float32", "float64")  # dtypes of stored base weights
-_DTYPES: Final = {
+DTYPES: Final = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
     "BOOL": "bool",
@@ -84,7 +84,7 @@ def entries(directory: Path) -> dict[str, TensorHeader]:
             for name in names(file):
                 tensor = file.get_slice(name)
                 dtype = tensor.get_dtype()
-                headers[name] = TensorHeader(path, name, tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype))
+                headers[name] = TensorHeader(path, name, tuple(tensor.get_shape()), DTYPES.get(dtype, dtype))
     index = directory / "model.safetensors.index.json"
     if not (directory / "model.safetensors").is_file():
         for name, shard in _weight_map(index).items():

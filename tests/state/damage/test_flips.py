@@ -31,6 +31,7 @@ LISTS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("GET", "training_runs", {}, "training_runs"),
     ("GET", "training_runs", {"params": {"project_id": "p"}}, "training_runs"),
     ("GET", "checkpoints", {}, "checkpoints"),
+    ("POST", "checkpoints/search", {"json": {}}, "checkpoints"),
     ("GET", "sessions", {}, "sessions"),
     ("POST", "sessions/search", {"json": {}}, "sessions"),
     ("GET", "audit", {"params": {"day": "2027-01-15"}}, "entries"),
