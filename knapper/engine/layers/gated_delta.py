@@ -27,7 +27,7 @@ _HEADS_MULTIPLE: Final = 64
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkLayout:
     """Where the chunks' rows lie among N packed rows, N for none; where these lie in the chunks; chunks by number."""
 
     rows_C: Tensor
@@ -36,7 +36,7 @@ class Layout:
     order: tuple[int, ...]  # of the sequences in each number, the longest first
 
     @classmethod
-    def of(cls, lengths: Sequence[int], start: int, device: torch.device) -> "Layout":
+    def of(cls, lengths: Sequence[int], start: int, device: torch.device) -> "ChunkLayout":
         before = start % CHUNK_ROWS  # rows of the first chunk that are in the state
         counts = [-(-(before + length) // CHUNK_ROWS) for length in lengths]
         order = sorted(range(len(lengths)), key=lambda sequence: -counts[sequence])
@@ -78,7 +78,7 @@ class GatedDeltaRecurrence:
     def computed(
         self, x_NX: Tensor, rows: PackedRows, solve: Solve, *, keeps: bool = False
     ) -> tuple[Tensor, list[Stops]]:
-        layout = rows.once(Layout, lambda: Layout.of(rows.lengths, rows.start, x_NX.device))
+        layout = rows.once(ChunkLayout, lambda: ChunkLayout.of(rows.lengths, rows.start, x_NX.device))
         convolved, b_NH, a_NH = x_NX.split((self.facts.conv_width, *2 * (self.facts.value_heads,)), dim=1)
         of_convolution = PackedRows(rows.lengths, rows.start, rows.state and rows.state[:1], rows._made)
         convolved, last = self.convolution.packed(convolved, of_convolution, keeps=keeps)
@@ -111,7 +111,7 @@ class GatedDeltaRecurrence:
         q = q * facts.key_dim**-0.5
         return Rows(q, k, v.unflatten(1, (facts.value_heads, -1)), -self.decay_H * gates, beta)
 
-    def _chunked(self, rows: Rows, layout: Layout) -> Rows:
+    def _chunked(self, rows: Rows, layout: ChunkLayout) -> Rows:
         """(B, C, ...), a chunk each; zeros where it has no row."""
         flat = [part.flatten(1) for part in rows]
         joined = F.pad(torch.cat(flat, dim=1), (0, 0, 0, 1)).index_select(0, layout.rows_C)
@@ -175,7 +175,7 @@ def _begun(rows: Rows, before: ChunkState) -> Rows:
     return rows._replace(k=k, g=g)
 
 
-def _kept(states: Sequence[ChunkState], layout: Layout, rows: PackedRows) -> list[Stops]:
+def _kept(states: Sequence[ChunkState], layout: ChunkLayout, rows: PackedRows) -> list[Stops]:
     """Of each sequence, without the convolution's part."""
     kept: list[Stops] = [{} for _ in rows.lengths]
     first = rows.start // CHUNK_ROWS
