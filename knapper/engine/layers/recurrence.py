@@ -124,8 +124,11 @@ class Convolution:
         if rows.state is None:
             return F.pad(x_NX, (0, 0, self.taps - 1, 0))
         (last_KX,) = rows.state
-        places = [at % self.taps for at in range(rows.start - self.taps + 1, rows.start)]
-        return torch.cat([last_KX[places], x_NX])
+        return torch.cat([last_KX.index_select(0, self._places(rows.start, self.taps - 1, x_NX.device)), x_NX])
+
+    def _places(self, stop: int, count: int, device: torch.device) -> Tensor:
+        """Where the state has the last `count` rows before `stop`."""
+        return to_device([at % self.taps for at in range(stop - count, stop)], device, torch.int64)
 
     def _stops(self, extended: Tensor, rows: PackedRows) -> list[Stops]:
         kept: list[Stops] = []
@@ -136,9 +139,8 @@ class Convolution:
                 state = extended.new_zeros(self.taps, extended.shape[1])
                 known = min(self.taps - 1, stop)
                 end = first + stop - rows.start + self.taps - 1  # in the extended rows
-                places = [at % self.taps for at in range(stop - known, stop)]
-                state[places] = extended[end - known : end]
-                states[stop] = (state,)
+                places = self._places(stop, known, extended.device)
+                states[stop] = (state.index_copy_(0, places, extended[end - known : end]),)
             kept.append(states)
             first += length
         return kept
