@@ -10,7 +10,6 @@ outputs, R rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +25,9 @@ from knapper.engine.layers.routing import Dispatch
 
 
 class ExpertLinears:
-    """W (E, O, I), of each expert `parts` stacked, frozen; computed in `dtype`."""
+    """W (E, O, I), of each expert `parts` stacked, frozen; computed in `dtype`. `each`: without grouped products a
+    linear for each expert; with them `w_EOI` is all.
+    """
 
     def __init__(self, experts: Sequence[Sequence[Tensor]], dtype: torch.dtype, exactness: Exactness) -> None:
         """`experts`: the parts of each."""
@@ -35,23 +36,20 @@ class ExpertLinears:
         self.outputs, self.inputs = sum(self.widths), experts[0][0].shape[1]
         self.grouped = has_grouped_products(experts[0][0].device, dtype)
         self._experts = len(experts)
-        self._parts = () if self.grouped else tuple(experts)
-        self._stacked = torch.stack([torch.cat(list(parts)).to(dtype) for parts in experts]) if self.grouped else None
+        self.each: tuple[FrozenLinear, ...] = ()
+        if self.grouped:
+            self.w_EOI = _stacked(experts, dtype)
+        else:  # at once: adapters are probed on all that they may enter
+            self.each = tuple(FrozenLinear(parts, dtype, exactness=exactness) for parts in experts)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of W, once, in `dtype`."""
         return self._experts * self.outputs * self.inputs * self.dtype.itemsize
 
-    @cached_property
-    def each(self) -> tuple[FrozenLinear, ...]:
-        parts = [w_OI.split(self.widths) for w_OI in self._stacked] if self._stacked is not None else self._parts
-        return tuple(FrozenLinear(list(own), self.dtype, exactness=self.exactness) for own in parts)
 
-    @cached_property
-    def w_EOI(self) -> Tensor:
-        if self._stacked is not None:
-            return self._stacked
-        return torch.stack([torch.cat(list(parts)).to(self.dtype) for parts in self._parts])
+def _stacked(experts: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
+    return torch.stack([torch.cat(list(parts)).to(dtype) for parts in experts])
 
 
 def has_grouped_products(device: torch.device, dtype: torch.dtype) -> bool:

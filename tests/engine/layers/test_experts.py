@@ -1,5 +1,6 @@
 """Experts: one by one or in groups the same, a row by itself or among others too, and a pair of each in every file."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,20 @@ import torch
 from torch import Tensor
 
 from knapper.engine import checkpoint_format
+from knapper.engine.layers.attention import PackedAttention
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.experts import ExpertLinears, by_groups, by_loop
 from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_grouped import Segment, Segments
 from knapper.engine.layers.routing import Dispatch, combined, routed, spread
+from knapper.engine.models import weights
+from knapper.engine.models.blocks import PassRows
+from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.layer import Routing
+from tests.engine.gate.meter import Meter
 from tests.engine.runs import spec, tiny_trainer
+from tests.engine.strange import strange_model
 
 EXPERTS, ACTIVE, HIDDEN, WIDTH, ROWS = 6, 3, 64, 48, 40
 NAMES = ("layers.0.experts.gate_proj", "layers.0.experts.up_proj")
@@ -25,7 +34,9 @@ def random(*shape: int, seed: int) -> Tensor:
 
 def linears(dtype: torch.dtype = torch.float32) -> ExpertLinears:
     parts = [[random(WIDTH, HIDDEN, seed=2 * expert + part) * 0.2 for part in range(2)] for expert in range(EXPERTS)]
-    return ExpertLinears(parts, dtype, Exactness())
+    made = ExpertLinears(parts, dtype, Exactness())
+    made.w_EOI = torch.stack([torch.cat(own).to(dtype) for own in parts])  # on a CPU only `by_groups` here needs it
+    return made
 
 
 def lora(rank: int, *, only: int = 2, seed: int = 50) -> Lora:
@@ -129,3 +140,29 @@ def test_every_expert_has_a_pair_of_its_own_in_the_file_and_is_read_back(tmp_pat
     assert torch.equal(tensors[name], state.lora().b[site][3])
     weights_P, _ = checkpoint_format.read(files, state.spec, state.layout, with_optimizer=False)
     assert torch.equal(weights_P, state.weights_P)
+
+
+def test_what_adapters_enter_is_known_before_the_first_is_probed(tmp_path: Path) -> None:
+    """Of experts too: an adapter's layout is found once, on all linears of the model."""
+    trainer = tiny_trainer(tmp_path, "qwen3_moe")
+    assert isinstance(trainer.decoder, Decoder)
+    exactness = trainer.decoder.weights.head.exactness
+    assert {(HIDDEN, (WIDTH, WIDTH)), (WIDTH, (HIDDEN,))} <= exactness._linears
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
+def test_on_a_gpu_a_layer_waits_for_nothing(tmp_path: Path, kind: str) -> None:
+    """Forward and backward, rows of an adapter and of the base model, on the meta device."""
+    directory, meta = strange_model(tmp_path, kind), torch.device("meta")
+    config = ModelConfig.read(directory)
+    block = weights.load(directory, config, torch.bfloat16, meta).layers[1].mlp
+    shapes = {target.name: target.shapes(4) for target in config.lora_targets}
+    a, b = ({name: torch.empty(both[side], device=meta, requires_grad=True) for name, both in shapes.items()}
+            for side in (0, 1))  # fmt: skip
+    x_NH = torch.empty(ROWS, HIDDEN, dtype=torch.bfloat16, device=meta, requires_grad=True)
+    rows = PassRows(PackedAttention([ROWS]), Segments([Segment(0, 30, Lora(a, b, 1.0))]), torch.bfloat16, {})
+    with Meter() as meter:
+        block(x_NH, rows).square().sum().backward()
+    assert meter.counts.kernels["_grouped_mm"] > 0
+    assert (meter.counts.waits, meter.counts.mixed, meter.counts.pageable) == (Counter(), Counter(), Counter())
+    assert a["layers.1.experts.gate_proj"].grad is not None
