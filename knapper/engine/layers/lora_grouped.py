@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from knapper.engine.layers.adapters import pad_rank, padded_rank, product
+from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_on_gpu import AdaptedOnGpu
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,25 @@ class Segments:
         for start, stop, lora in self._adapted:
             parts = tuple(part for part, name in enumerate(names) if name in lora.a)
             if parts:
-                spans.append(_Span(start, stop, parts, lora.scale))
+                a, b = ([side[names[part]] for part in parts] for side in (lora.for_products.a, lora.for_products.b))
+                spans.append(_Span(start, stop, parts, lora.scale, a, b))
                 matrices += [side[names[part]] for side in (lora.a, lora.b) for part in parts]
-        outputs = _Adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
+        adapted = _Adapted if keeps_bits(x_NI.device) else AdaptedOnGpu
+        outputs = adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
         assert isinstance(outputs, tuple)
         return outputs
 
 
 @dataclass(frozen=True)
 class _Span:
-    """An adapter on one linear: its rows, and the parts of the linear that it adapts."""
+    """An adapter on one linear: its rows, the parts of the linear that it adapts, and its matrices for products."""
 
     start: int
     stop: int
     parts: tuple[int, ...]
     scale: float
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
 
     def of(self, x_N: Tensor) -> Tensor:
         return x_N[self.start : self.stop]
