@@ -156,6 +156,8 @@ def run(args: argparse.Namespace, results: Results, scratch: Path) -> None:
             place.mkdir()
             begun = []
             for report in Worker.begin(rest, args, place).reports(dict(_LIMIT_S), end_s):
+                if "refused" in report:
+                    raise SystemExit(f"no figures: {report['refused']}")
                 if "begun" in report:
                     begun.append(report["begun"])
                 results.take(report, time.monotonic())

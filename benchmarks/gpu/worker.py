@@ -19,6 +19,7 @@ from benchmarks.figures import Figure
 from benchmarks.gpu import kernels, loop, machine, plain, sampling, training
 from benchmarks.gpu.rig import Rig
 from benchmarks.gpu.sizes import SIZES
+from knapper.errors import InvalidField
 
 PHASES: Final[Mapping[str, Callable[[Rig], Iterator[Figure]]]] = {
     "start": machine.start,
@@ -47,7 +48,11 @@ def main() -> None:
     args = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
     rig = Rig(SIZES[args.sizes], args.device, args.dtype, args.scratch)
-    say(machine=machine.described(rig.device_now))
+    try:
+        say(machine=machine.described(rig.device_now))
+    except InvalidField as error:  # no such device, or a driver that torch does not take
+        say(refused=str(error))
+        sys.exit(2)
     for name in args.phases:
         say(begun=name)
         try:

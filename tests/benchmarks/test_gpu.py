@@ -48,6 +48,14 @@ def test_every_phase_finds_its_figures_and_the_page_is_made_of_them(tmp_path: Pa
     assert "| an optimizer step, durable |" in page
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told_so_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--sizes", "tiny", "--out", str(tmp_path / "gpu.json")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("no figures: KNAPPER_DEVICE is 'cuda'; allowed: auto, cpu")
+
+
 def _worker(code: str) -> bench.Worker:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     lines: queue.Queue[str | None] = queue.Queue()
