@@ -18,7 +18,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm check fuzz mutants manifests scan site bench exactness bench-page bench-check bench-backends bench-agreement
+.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm check fuzz mutants manifests scan site bench exactness bench-page bench-check bench-backends bench-agreement bench-gpu bench-gpu-wheels
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -112,6 +112,14 @@ bench-agreement: setup .venv/vllm/.installed ## how far samplers' log-probabilit
 
 exactness: setup ## are the promised bits kept on this CPU, in every instruction set that it has, at what cost? (some minutes a row; BENCH_ARGS=--quick)
 	@$(BIN)/python -m benchmarks.exactness $(BENCH_ARGS)
+
+# A machine that is lent has neither .venv nor a network: its own Python with torch is taken, as it is.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+bench-gpu: ## what this machine's GPU says, in under ten minutes, without a download, into docs/gpu.md (BENCH_ARGS='--only packed')
+	@$(GPU_PYTHON) -m benchmarks.gpu --page $(BENCH_ARGS)
+
+bench-gpu-wheels: setup ## the small packages that a bare PyTorch machine lacks, into out/gpu-wheels (BENCH_ARGS='--python 3.12')
+	@$(BIN)/python -m benchmarks.gpu.wheels $(BENCH_ARGS)
 
 bench-page: setup ## write the figures of the last runs into docs/performance.md and docs/vllm.md
 	@$(BIN)/python -m benchmarks.page

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.page`: writes the tables of docs/performance.md and docs/vllm.md from the results in out/.
+"""`python -m benchmarks.page`: writes the tables of docs/performance.md, docs/vllm.md and docs/gpu.md from out/.
 
 out/before.json is an out/bench.json of another version, measured by this one through --base-url and put there by hand.
 Only the prose around the markers is written by hand.
@@ -76,6 +76,23 @@ def agreement(stored: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu(stored: Mapping[str, Any]) -> str:
+    """The tables of a run of `python -m benchmarks.gpu`."""
+    machine = stored["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "peft", "python"))
+    memory = "" if machine["memory_gib"] is None else f", {machine['memory_gib']} GiB"
+    lines = [
+        f"{machine['card']}{memory}, {machine['cores']} cores, {versions}; {stored['sizes']}; {stored['took_s']} s."
+    ]
+    for name, reason in stored["failed"].items():
+        lines += ["", f"**Phase {name} failed**, and has only the figures from before that: {_cell(reason)}"]
+    for section, figures in groupby(stored["figures"], key=lambda entry: entry["section"]):
+        lines += ["", f"### {section[0].upper()}{section[1:]}", ""]
+        lines += ["| | | bare | better | goal | stretch | |", "|---|--:|--:|--:|---|---|---|"]
+        lines += [_row(entry) for entry in figures]
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class Part:
     """One kind of results: the file of a run, and the tables' place in a page."""
@@ -119,6 +136,10 @@ AGREEMENT = Part(
     Path("out/agreement.json"), DOCS / "vllm.md",
     "<!-- agreement: written by make bench-page -->", "<!-- end of the agreement -->", agreement,
 )  # fmt: skip
+GPU = Part(
+    Path("out/gpu.json"), DOCS / "gpu.md",
+    "<!-- gpu: written by make bench-gpu -->", "<!-- end of the gpu's figures -->", gpu,
+)  # fmt: skip
 
 
 def _with_vllm(stored: Mapping[str, Any]) -> str:
@@ -147,17 +168,22 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
+def write(part: Part) -> None:
+    """The page, from the file of a run; unchanged without one."""
+    if not part.stored.exists():
+        print(f"{part.page} keeps what it has: there is no {part.stored}")
+        return
+    stored = json.loads(part.stored.read_text(encoding="utf-8"))
+    if part is BEFORE:
+        stored = {"before": stored, "now": json.loads(FIGURES.stored.read_text(encoding="utf-8"))}
+    page = part.written(part.page.read_text(encoding="utf-8"), stored)
+    part.page.write_text(page, encoding="utf-8")
+    print(f"{part.page} has the figures of {part.stored}")
+
+
 def main() -> None:
-    for part in (FIGURES, COLD_START, FAR_STORE, BEFORE, BACKENDS, AGREEMENT):
-        if not part.stored.exists():
-            print(f"{part.page} keeps what it has: there is no {part.stored}")
-            continue
-        stored = json.loads(part.stored.read_text(encoding="utf-8"))
-        if part is BEFORE:
-            stored = {"before": stored, "now": json.loads(FIGURES.stored.read_text(encoding="utf-8"))}
-        page = part.written(part.page.read_text(encoding="utf-8"), stored)
-        part.page.write_text(page, encoding="utf-8")
-        print(f"{part.page} has the figures of {part.stored}")
+    for part in (FIGURES, COLD_START, FAR_STORE, BEFORE, BACKENDS, AGREEMENT, GPU):
+        write(part)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 0
     batch_invariant: Annotated[
-        bool, Meta(description="On a CPU, a row's bits do not depend on its batch; false gives that up for speed.")
-    ] = True
+        Literal["auto", "true", "false"], Meta(description="A row's bits are its own; auto: on a CPU: docs/gpu.md.")
+    ] = "auto"
     gpu_memory_share: Annotated[
         float,
         Meta(gt=0, le=1, description="The part of a GPU's memory that the engine uses; less where others share it."),

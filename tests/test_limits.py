@@ -132,7 +132,7 @@ ELSEWHERE = {
         "knapper/jobs/run_client.py": "_TOKENS_MAX _DATUMS_MAX",
         "knapper/jobs/runner.py": "_RECIPES_MAX",
         "knapper/local/refusal.py": "_PIECE_BYTES",
-        "knapper/serving/engine.py": "_SLOTS_MAX",
+        "knapper/serving/engine.py": "_SLOTS_CPU_MAX _SLOTS_GPU_MAX",
         "knapper/state/gc/session.py": "_FENCES_MAX",
         "knapper/state/journal/accept.py": "_ON_LOOP_BYTES_MAX",
         "knapper/store/directory.py": "_SMALL_BYTES",

@@ -21,6 +21,7 @@ from knapper.engine import checkpoint_format, hardware, memory
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
 from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.fingerprint import fingerprint
 from knapper.engine.layers.lora import Lora, layout
 from knapper.engine.memory import Account, ModelBytes
@@ -51,7 +52,10 @@ from knapper.store import Store
 from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
-_SLOTS_MAX = 64  # with some 64 rows a CPU's matrix products are saturated: more rows only add latency
+# With some 64 rows a CPU's matrix products are saturated, and more rows only add latency. A GPU reads all weights for
+# each step, whatever the rows: there the memory for keys and values decides.
+_SLOTS_CPU_MAX = 64
+_SLOTS_GPU_MAX = 256
 _MORE_MEMORY = "Free some, raise KNAPPER_GPU_MEMORY_SHARE if it is less than 1, or serve a smaller model"
 _TOP_RUNS = 8  # the number of runs whose share is a metric
 
@@ -79,6 +83,9 @@ class ServingEngine:
     sampler: EngineSampler
     job_services: JobServices
     sampled_by: str  # backend and dtype of the sampler
+    trainer: Trainer
+    executor: Executor
+    account: Account
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class StoredAdapters:
         index, files = await bundles.read(self.store, adapter, only)
         arena = layout(self.config, index.spec)
         weights_P, _ = checkpoint_format.read(files, index.spec, arena, with_optimizer=False)
-        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        dtype = torch.float32 if keeps_bits(self.device) else self.dtype
         return arena.lora(to_device(weights_P, self.device, dtype), index.spec.alpha / index.spec.rank)
 
 
@@ -143,6 +150,9 @@ def engine() -> ServingEngine:
         sampler=sampler,
         job_services=open_job_services(settings, store, time.time),
         sampled_by=f"engine {terms.dtype}",
+        trainer=trainer,
+        executor=executor,
+        account=account,
     )
 
 
@@ -230,7 +240,7 @@ def _sampler(
         executor,
         adapters,
         Tokenizer.from_file(f"{settings.model_directory}/tokenizer.json"),
-        slots_max=_SLOTS_MAX,
+        slots_max=_SLOTS_CPU_MAX if model.device.type == "cpu" else _SLOTS_GPU_MAX,
         kv_tokens_max=account.kv_tokens,
         now=time.monotonic,
         adapter_bytes_max=account.adapters,
@@ -252,7 +262,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     torch.set_num_threads(threads)
     dtype = dtype_for(settings.dtype, device)
     choices = _choices(settings, device, store)
-    exactness = Exactness(promised=settings.batch_invariant, choices=choices)
+    exactness = Exactness(promised=settings.batch_invariant != "false", choices=choices)
     reservations = Reservations(settings.run_directory)
     shares = settings.engines > 1 and device.type == "cpu"  # of a GPU each engine has a part, which torch enforces
     try:
@@ -276,7 +286,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
 
 def _choices(settings: Settings, device: torch.device, store: Store) -> StoredChoices | None:
     """Where the layouts chosen on this CPU are kept; None where none is searched for, or the CPU is not described."""
-    if device.type != "cpu" or not settings.batch_invariant:
+    if device.type != "cpu" or settings.batch_invariant == "false":
         return None
     model = (Path(settings.model_directory) / "config.json").read_bytes()
     found = fingerprint(model, os.environ)
@@ -285,7 +295,7 @@ def _choices(settings: Settings, device: torch.device, store: Store) -> StoredCh
 
 def _promise(exactness: Exactness, device: torch.device) -> str:
     """Whether computation is batch-invariant, in a few words for the log."""
-    if device.type != "cpu":
+    if not keeps_bits(device):
         return f"no: {device.type}"
     if not exactness.promised:
         return "no: KNAPPER_BATCH_INVARIANT=false"
@@ -326,7 +336,7 @@ def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
         Reading("knapper_sample_preemptions", "Sequences preempted because memory ran out.",
                 lambda: counts.parked, counts=True),
         Reading("knapper_sample_slots", "Sequences that decode now.", lambda: sampler.active),
-        Reading("knapper_sample_slots_max", "Sequences that can decode at once.", lambda: _SLOTS_MAX),
+        Reading("knapper_sample_slots_max", "Sequences that can decode at once.", lambda: sampler.slots_max),
     ]  # fmt: skip
 
 

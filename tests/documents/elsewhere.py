@@ -61,6 +61,10 @@ TESTS: Final = {
         "docs/jobs.md",
         "   0:00  loading the model, for 0:01",
     ): "tests/conformance/test_follow.py::test_a_job_that_is_not_there_yet_is_waited_for_and_its_cold_start_is_told",
+    (
+        "docs/gpu.md",
+        "make bench-gpu",
+    ): "tests/benchmarks/test_gpu.py::test_every_phase_finds_its_figures_and_the_page_is_made_of_them",
     ("docs/jobs.md", "kind: rl "): "tests/jobs/test_documentation.py::test_the_example_of_the_page_is_a_job",
     (_OPERATING, "knapper quota set alice"): "tests/cli/test_quota.py::test_the_commands_of_the_page_do_what_they_say",
     (

@@ -353,7 +353,8 @@ def test_only_the_flags_that_knative_must_have_are_used_by_the_local_overlay() -
 
 def test_a_pod_takes_at_once_what_its_process_keeps() -> None:
     for overlay in OVERLAYS:
-        sequences = factory._SEQUENCES_MAX["cuda"] if overlay in VLLM else engine._SLOTS_MAX
+        slots = engine._SLOTS_CPU_MAX if overlay == "overlays/local" else engine._SLOTS_GPU_MAX
+        sequences = factory._SEQUENCES_MAX["cuda"] if overlay in VLLM else slots
         assert pod(rendered(overlay), "train-step")["containerConcurrency"] == runs._RUNS_MAX
         assert pod(rendered(overlay), "sample")["containerConcurrency"] == sequences
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention, varlen_attention
+from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.recurrence import PackedRows, Recurrence, State, Stops
 from knapper.engine.layers.varlen_attention import VarlenAttention
 from knapper.engine.models.layer import ScoreRule
@@ -23,8 +24,8 @@ from knapper.engine.transfer import to_device
 
 
 def attention_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, whose bfloat16 attention is slower and coarser; the base's dtype elsewhere."""
-    return torch.float32 if device.type == "cpu" else base
+    """float32 where bits are kept (a CPU's bfloat16 attention is slower and coarser, too); else the base's dtype."""
+    return torch.float32 if keeps_bits(device) else base
 
 
 Recurred = tuple[Tensor, list[Stops]]  # outputs, and by sequence the states that were asked for
@@ -166,7 +167,7 @@ def _offset_by_part(rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> 
 
 
 def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: ScoreRule) -> Tensor:
-    if q_BTHD.device.type == "cpu" or scores.cap is not None:  # on a CPU bit-equal to decoding; no kernel has caps
+    if keeps_bits(q_BTHD.device) or scores.cap is not None:  # bit-equal to decoding; and no kernel has caps
         wide = (x.to(torch.float32) for x in (q_BTHD, k_BTGD, v_BTGD))
         return batch_invariant_attention.causal(*wide, scores=scores).to(q_BTHD.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knapper.engine.layers.determinism import keeps_bits
+
 log = structlog.get_logger()
 
 Product = Callable[[Tensor], Tensor]
@@ -81,6 +83,8 @@ ADAPTER_LAYOUTS: Final = (
     RowLayout(block=64),
     RowLayout(block=128),
 )
+# Of a GPU, whose kernel follows from the number of rows: small blocks would leave most of it idle in training.
+GPU_LAYOUTS: Final = (UNCHANGED, RowLayout(block=256), RowLayout(block=128), RowLayout(block=64))
 
 _ALIGNMENT: Final = 64  # bytes of an AVX-512 register; torch's own tensors are aligned so
 _COUNTS: Final = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 48, 64, 65, 96, 130, 257)  # below and above where kernels change
@@ -112,8 +116,8 @@ class LayoutChoices(Protocol):
 class Exactness:
     """The row layouts of one model's products, on one number of threads.
 
-    `promised`: False computes as fast as possible, whatever the bits; so does any device but a CPU. `choices`: what
-    need not be searched for again; without them everything is.
+    `promised`: False computes as fast as possible, whatever the bits; so does a GPU, unless it keeps them
+    (`determinism`). `choices`: what need not be searched for again; without them everything is.
     """
 
     def __init__(self, *, promised: bool = True, choices: LayoutChoices | None = None) -> None:
@@ -136,8 +140,9 @@ class Exactness:
         self, name: str, layouts: Sequence[RowLayout], make: Make, inputs: int, outputs: int, like: Tensor
     ) -> RowLayout:
         """The layout for products x w^T, `make` of a matrix w (O, I), with the dtype and device of `like`."""
-        if not self._probes(like):
+        if not self.probes(like.device):
             return UNCHANGED
+        layouts = layouts if like.device.type == "cpu" else GPU_LAYOUTS
         key = (name, f"{inputs}x{outputs}", _short(like.dtype))
         if key not in self._layouts:
 
@@ -150,7 +155,7 @@ class Exactness:
 
     def adapter(self, rank: int, like: Tensor) -> RowLayout:
         """The layout for every product of an adapter of padded rank `rank`, on any of the linears."""
-        if not self._probes(like):
+        if not self.probes(like.device):
             return UNCHANGED
         name = ("adapter of rank", str(rank), _short(like.dtype))
         if name not in self._layouts:
@@ -158,8 +163,9 @@ class Exactness:
                 (len(widths), inputs, rank, width) for inputs, widths in sorted(self._linears) for width in set(widths)
             ]
             shapes = {(inputs, parts * rank) for parts, inputs, rank, _ in pairs} | {(r, w) for _, _, r, w in pairs}
+            layouts = ADAPTER_LAYOUTS if like.device.type == "cpu" else GPU_LAYOUTS
             self._layouts[name] = self._first(
-                name, ADAPTER_LAYOUTS, lambda: partial(_adapter_is_invariant, shapes=sorted(shapes), like=like)
+                name, layouts, lambda: partial(_adapter_is_invariant, shapes=sorted(shapes), like=like)
             )
         return self._layouts[name]
 
@@ -167,8 +173,9 @@ class Exactness:
         """Record whether a computation that has one layout only keeps the bits."""
         self._found(name, lambda: LayoutChoice(UNCHANGED, is_invariant()))
 
-    def _probes(self, like: Tensor) -> bool:
-        return self.promised and like.device.type == "cpu"
+    def probes(self, device: torch.device) -> bool:
+        """Whether products on the device are tried."""
+        return self.promised and device.type in ("cpu", "cuda") and keeps_bits(device)
 
     def _first(
         self, name: tuple[object, ...], layouts: Sequence[RowLayout], probe: Callable[[], Callable[[RowLayout], bool]]
@@ -219,7 +226,7 @@ def _probe_tensors(inputs: int, outputs: int, like: Tensor, elements_max: int = 
     halves = [torch.rand(count, inputs // 2, generator=generator).sub_(0.5) for count in (rows, outputs)]
     odd = [torch.zeros(count, inputs % 2) for count in (rows, outputs)]
     x_NI, w_OI = (
-        torch.cat([half, sign * half, odd_column], dim=1)[:, order].to(like.dtype)
+        torch.cat([half, sign * half, odd_column], dim=1)[:, order].to(like.device, like.dtype)
         for half, odd_column, sign in zip(halves, odd, (1, -1), strict=True)
     )
     return x_NI, w_OI

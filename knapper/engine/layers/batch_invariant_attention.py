@@ -54,13 +54,21 @@ def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: T
 
 
 @torch.inference_mode()
-def is_invariant(heads: int, groups: int, width: int, scores: ScoreRule) -> bool:
-    """Whether on this CPU a row has the same bits in a sequence, in a prefix of it, as its rest, and decoded."""
+def is_invariant(
+    heads: int,
+    groups: int,
+    width: int,
+    scores: ScoreRule,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
+) -> bool:
+    """Whether on this device a row has the same bits in a sequence, in a prefix of it, as its rest, and decoded."""
     tokens = 3 * KEYS + 5
     window = None if scores.window is None else min(scores.window, KEYS + 9)
     scores = replace(scores, window=window)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, tokens, count, width, generator=generator) for count in (heads, groups, groups))
+    q, k, v = (
+        torch.randn(1, tokens, count, width, generator=generator).to(device) for count in (heads, groups, groups)
+    )
     whole = causal(q, k, v, scores=scores)
     for count in (1, 7, KEYS, KEYS + 1, 2 * KEYS + 9):
         prefix = causal(*(x[:, :count] for x in (q, k, v)), scores=scores)
@@ -69,7 +77,7 @@ def is_invariant(heads: int, groups: int, width: int, scores: ScoreRule) -> bool
             return False
         capacity = _whole_blocks(count)
         keys, values = (F.pad(x[:, :count].transpose(1, 2), (0, 0, 0, capacity - count)) for x in (k, v))
-        bias = torch.zeros(1, 1, 1, capacity)
+        bias = torch.zeros(1, 1, 1, capacity, device=device)
         bias[..., count:] = -torch.inf
         bias[..., : 0 if window is None else max(0, count - window)] = -torch.inf
         row_1GQD = q[:, count - 1].view(1, groups, heads // groups, width)

@@ -120,14 +120,15 @@ class GatedDeltaRecurrence:
 
 
 @torch.inference_mode()
-def is_invariant(facts: GatedDelta) -> bool:
-    """Whether on this CPU a row has the same bits in a text, in its beginning, as its rest, and decoded."""
+def is_invariant(facts: GatedDelta, device: torch.device) -> bool:
+    """Whether on this device a row has the same bits in a text, in its beginning, as its rest, and decoded."""
     tokens, width = 2 * CHUNK_ROWS + 7, facts.conv_width + 2 * facts.value_heads
     draw = torch.Generator().manual_seed(0)
-    weight_KX = torch.randn(facts.taps, facts.conv_width, generator=draw)
-    decay_H, bias_H = torch.rand(facts.value_heads, generator=draw), torch.zeros(facts.value_heads)
+    weight_KX = torch.randn(facts.taps, facts.conv_width, generator=draw).to(device)
+    decay_H = torch.rand(facts.value_heads, generator=draw).to(device)
+    bias_H = torch.zeros(facts.value_heads, device=device)
     recurrence = GatedDeltaRecurrence(facts, Convolution(weight_KX), decay_H, bias_H)
-    x_NX = torch.randn(tokens, width, generator=draw)
+    x_NX = torch.randn(tokens, width, generator=draw).to(device)
     whole, _ = recurrence.packed(x_NX, PackedRows([tokens]), keeps=False)
     for count in (1, 9, CHUNK_ROWS, CHUNK_ROWS + 12):
         beginning, [kept] = recurrence.packed(x_NX[:count], PackedRows([count]), keeps=True)
@@ -136,7 +137,7 @@ def is_invariant(facts: GatedDelta) -> bool:
         several = PackedRows([tokens, count])
         crowd, _ = recurrence.packed(torch.cat([x_NX, x_NX[:count]]), several, keeps=False)
         state = tuple(part[None].clone() for part in kept[count])
-        row = recurrence.step(x_NX[count, None], state, torch.tensor([count]))
+        row = recurrence.step(x_NX[count, None], state, torch.tensor([count], device=device))
         alike = (
             (beginning, whole[:count]),
             (rest, whole[count:]),

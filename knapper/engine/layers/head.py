@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knapper.engine.layers.adapters import pad_rank, padded_rank, product
+from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.linear import FrozenLinear
+from knapper.engine.layers.lora_on_gpu import wide_product
 from knapper.engine.layers.row_padding import row_sums
 from knapper.engine.transfer import to_device
 
@@ -72,7 +74,10 @@ def capped_(logits_NV: Tensor, cap: float | None) -> Tensor:
 def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None, cap: float | None = None) -> Tensor:
     """(N, V), float32 or wider, a tensor of its own. A row's bits do not depend on how many rows there are."""
     logits_NV = head(hidden_NH)
-    if lora is not None:
+    if lora is not None and not keeps_bits(hidden_NH.device):
+        low_NR = (hidden_NH @ lora.a.T.to(hidden_NH.dtype)) * lora.scale
+        logits_NV.addmm_(low_NR, lora.b.T.to(hidden_NH.dtype))  # rounded once
+    elif lora is not None:
         layout = head.exactness.adapter(padded_rank(len(lora.a)), lora.a)
         low_NR = product(layout, hidden_NH.to(lora.a.dtype), pad_rank(lora.a, 0)) * lora.scale
         logits_NV = (logits_NV + product(layout, low_NR, pad_rank(lora.b, 1))).to(logits_NV.dtype)
@@ -181,7 +186,7 @@ class _AdaptedHead(torch.autograd.Function):
         lora = HeadLora(a_RH, b_VR, ctx.scale)
         _check_promise(grad_NK, ctx.needed_N)
         rows_M = _needed_rows(ctx.needed_N, hidden_NH.device)
-        wide = grad_NK.dtype
+        back = _back if keeps_bits(hidden_NH.device) else _back_on_gpu
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         grad_a_RH, grad_b_VR = torch.zeros_like(a_RH), torch.zeros_like(b_VR)
         for chunk in _chunks(len(rows_M), head.outputs):
@@ -194,13 +199,32 @@ class _AdaptedHead(torch.autograd.Function):
             grad_logits_CV.scatter_add_(1, targets_CK, grad_CK)
             if slope_CV is not None:
                 grad_logits_CV.mul_(slope_CV)
-            low_CR = h_CH.to(wide) @ a_RH.T.to(wide)
-            grad_low_CR = (grad_logits_CV @ b_VR.to(wide)).mul_(ctx.scale)
-            grad_b_VR.addmm_(grad_logits_CV.T, low_CR, alpha=ctx.scale)
-            grad_a_RH.addmm_(grad_low_CR.T, h_CH.to(wide))
-            grad_h_CH = head.back([grad_logits_CV.to(head.dtype)]).to(wide).addmm_(grad_low_CR, a_RH.to(wide))
-            grad_hidden_NH[rows_C] = grad_h_CH.to(grad_hidden_NH.dtype)
+            grad_hidden_NH[rows_C] = back(grad_logits_CV, h_CH, head, lora, grad_a_RH, grad_b_VR)
         return grad_hidden_NH, None, None, None, None, grad_a_RH, grad_b_VR, None
+
+
+def _back(
+    grad_CV: Tensor, h_CH: Tensor, head: FrozenLinear, lora: HeadLora, grad_a_RH: Tensor, grad_b_VR: Tensor
+) -> Tensor:
+    """The gradient of the rows (C, H); adds those of A and B."""
+    wide = grad_CV.dtype
+    low_CR = h_CH.to(wide) @ lora.a.T.to(wide)
+    grad_low_CR = (grad_CV @ lora.b.to(wide)).mul_(lora.scale)
+    grad_b_VR.addmm_(grad_CV.T, low_CR, alpha=lora.scale)
+    grad_a_RH.addmm_(grad_low_CR.T, h_CH.to(wide))
+    grad_h_CH = head.back([grad_CV.to(head.dtype)]).to(wide).addmm_(grad_low_CR, lora.a.to(wide))
+    return grad_h_CH.to(h_CH.dtype)
+
+
+def _back_on_gpu(
+    grad_CV: Tensor, h_CH: Tensor, head: FrozenLinear, lora: HeadLora, grad_a_RH: Tensor, grad_b_VR: Tensor
+) -> Tensor:
+    """`_back`, in the base's dtype; A's and B's gradients add up in float32."""
+    g_CV, a_RH = grad_CV.to(head.dtype), lora.a.to(head.dtype)
+    grad_low_CR = (g_CV @ lora.b.to(head.dtype)).mul_(lora.scale)
+    grad_b_VR.add_(wide_product(g_CV.T, h_CH @ a_RH.T), alpha=lora.scale)
+    grad_a_RH.add_(wide_product(grad_low_CR.T, h_CH))
+    return head.back([g_CV]).addmm_(grad_low_CR, a_RH)
 
 
 def _needed_rows(needed_N: NDArray[np.bool_], device: torch.device) -> Tensor:

@@ -27,12 +27,18 @@ class Lora:
     """An adapter for a forward pass, by target module: y += scale * (x @ a.T) @ b.T.
 
     `a`: (R, in), `b`: (out, R), float32; of experts (E, R, in) and (E, out, R). The names are those of
-    `Facts.lora_targets`; a missing one is not adapted.
+    `Facts.lora_targets`; a missing one is not adapted. `rounded`: the same in the base's dtype, for a GPU's products in
+    training.
     """
 
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     scale: float
+    rounded: "Lora | None" = None
+
+    @property
+    def for_products(self) -> "Lora":
+        return self.rounded or self
 
     @property
     def nbytes(self) -> int:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from knapper.engine.layers.adapters import pad_rank, padded_rank, product
 from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_on_gpu import AdaptedOnGpu
 from knapper.engine.transfer import to_device
 
 
@@ -55,14 +57,16 @@ class Segments:
         return self._numbers
 
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
-        spans: list[AdaptedRows] = []
+        spans: list[_Span] = []
         matrices: list[Tensor] = []
         for start, stop, lora in self._adapted:
             parts = tuple(part for part, name in enumerate(names) if name in lora.a)
             if parts:
-                spans.append(AdaptedRows(start, stop, parts, lora.scale))
+                a, b = ([side[names[part]] for part in parts] for side in (lora.for_products.a, lora.for_products.b))
+                spans.append(_Span(start, stop, parts, lora.scale, a, b))
                 matrices += [side[names[part]] for side in (lora.a, lora.b) for part in parts]
-        outputs = _Adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
+        adapted = _Adapted if keeps_bits(x_NI.device) else AdaptedOnGpu
+        outputs = adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
         assert isinstance(outputs, tuple)
         return outputs
 
@@ -109,6 +113,14 @@ class AdaptedRows:
         if grad_NI is not None:
             self.of(grad_NI).add_(grad_low_MR @ _stacked(a))
         return found
+
+
+@dataclass(frozen=True)
+class _Span(AdaptedRows):
+    """With its matrices for products."""
+
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
 
 
 class _Adapted(torch.autograd.Function):

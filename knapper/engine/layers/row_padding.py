@@ -1,7 +1,14 @@
 """Row padding that keeps a row's bits independent of the number of rows."""
 
+from typing import Final
+
 import torch
 from torch import Tensor
+
+from knapper.engine.layers.batch_invariance import RowLayout
+from knapper.engine.layers.determinism import keeps_bits
+
+_BLOCK: Final = 16
 
 
 def padded_rows(rows: int) -> int:
@@ -19,5 +26,10 @@ def padded(x_N: Tensor) -> Tensor:
 
 
 def row_sums(values_NV: Tensor) -> Tensor:
-    """(N, 1). Without padding, the sum of a few rows is split over threads, in another order than that of many."""
-    return padded(values_NV).sum(dim=1, keepdim=True)[: len(values_NV)]
+    """(N, 1). Without padding, the sum of a few rows is split over threads, in another order than that of many.
+
+    A GPU splits them by the number of rows: where bits are kept, each sum is over as many.
+    """
+    if values_NV.device.type == "cpu" or not keeps_bits(values_NV.device):
+        return padded(values_NV).sum(dim=1, keepdim=True)[: len(values_NV)]
+    return RowLayout(block=_BLOCK)(lambda rows_NV: rows_NV.sum(dim=1, keepdim=True), values_NV)

@@ -5,12 +5,16 @@ prompt of 30,000 tokens that continues a cached one, a hundred GB. N rows, M key
 elements.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from knapper.engine.layers import batch_invariant_attention
 from knapper.engine.models.layer import ScoreRule
 from knapper.engine.transfer import to_device
 
@@ -31,18 +35,44 @@ class VarlenAttention:
 
     def __call__(self, q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, scores: ScoreRule) -> Tensor:
         """(N, H, D). Differentiable in all three."""
-        # Only where it is used: the import registers operators, which takes a CPU's start time for nothing.
-        from torch.nn.attention.varlen import varlen_attn
-
         if not self._bounds:
             self._bounds = [
                 to_device(list(accumulate(lengths, initial=0)), q_NHD.device, torch.int32) for lengths in self._lengths
             ]
         (queries, keys), (longest_queries, longest_keys) = self._bounds, self._longest
         before = -1 if scores.window is None else scores.window - 1  # keys before a row's own
-        outputs = varlen_attn(
+        outputs = _kernel()(
             q_NHD, k_MGD, v_MGD, queries, keys, longest_queries, longest_keys, scale=scores.scale,
-            window_size=(before, 0), enable_gqa=True,
+            window_size=(before, 0),
         )  # fmt: skip
         assert isinstance(outputs, Tensor)
         return outputs
+
+
+class VarlenReference:
+    """`VarlenAttention` on a CPU, in float32: what the kernel is compared with."""
+
+    def __init__(self, queries: Sequence[int], keys: Sequence[int]) -> None:
+        self._queries, self._keys = list(queries), list(keys)
+
+    def __call__(self, q_NHD: Tensor, k_MGD: Tensor, v_MGD: Tensor, scores: ScoreRule) -> Tensor:
+        """(N, H, D), in the dtype of q. Differentiable in all three."""
+        q, k, v = (
+            x.float().split(lengths)
+            for x, lengths in ((q_NHD, self._queries), (k_MGD, self._keys), (v_MGD, self._keys))
+        )
+        each = (
+            batch_invariant_attention.causal(*(x[None] for x in of_one), scores=scores)[0]
+            for of_one in zip(q, k, v, strict=True)
+        )
+        return torch.cat(list(each)).to(q_NHD.dtype)
+
+
+@cache
+def _kernel() -> Callable[..., Any]:
+    """torch's. Before 2.12 it takes grouped queries without being told so."""
+    # Only where it is used: the import registers operators, which takes a CPU's start time for nothing.
+    from torch.nn.attention.varlen import varlen_attn
+
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn

@@ -69,6 +69,8 @@ class RmsNorm:
     eps: float
 
     def __call__(self, x_N: Tensor) -> Tensor:
+        if x_N.device.type == "cuda" and x_N.dtype == self.weight.dtype:
+            return F.rms_norm(x_N, self.weight.shape, self.weight, self.eps)  # one kernel, forward and back
         wide = x_N.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed.to(self.weight.dtype) * self.weight).to(x_N.dtype)

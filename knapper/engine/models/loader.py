@@ -45,12 +45,12 @@ def load(
             raise UnsupportedModel(f"{refused} (not computed natively either: {not_native})") from refused
     exactness = exactness or Exactness()
     decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
-    if exactness.promised and decoder.device.type == "cpu":
+    if exactness.probes(decoder.device):
         for mixer in set(config.attention):
             sizes = mixer.heads, mixer.kv_heads, mixer.head_dim
             name = f"attention {mixer.scores}"
-            exactness.check(name, partial(batch_invariant_attention.is_invariant, *sizes, mixer.scores))
+            exactness.check(name, partial(batch_invariant_attention.is_invariant, *sizes, mixer.scores, decoder.device))
         for recurrent in set(config.recurrent):
             if isinstance(recurrent, GatedDelta):
-                exactness.check(f"delta rule {recurrent}", partial(gated_delta.is_invariant, recurrent))
+                exactness.check(f"delta rule {recurrent}", partial(gated_delta.is_invariant, recurrent, decoder.device))
     return decoder

@@ -14,6 +14,7 @@ import torch
 
 from knapper.engine import host_memory
 from knapper.engine.hardware import device_for, memory_left, take_memory
+from knapper.engine.layers.determinism import keep_bits_on_gpu
 from knapper.engine.models import weight_files
 from knapper.engine.models.loader import expect_architecture
 from knapper.errors import KnapperError, UserError, WaitsForMemory
@@ -27,6 +28,8 @@ _LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # bytes of a num
 def expect_device(settings: Settings) -> torch.device:
     """The device of the settings, with its memory capped at their share. Raises InvalidField."""
     device = device_for(settings.device)
+    if device.type != "cpu" and settings.batch_invariant == "true":
+        keep_bits_on_gpu()
     shared_by = settings.engines if device.type == "cuda" else 1  # in equal parts: a card tells of nobody's plans
     take_memory(device, settings.gpu_memory_share / shared_by)
     return device

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention
+from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.recurrence import Recurrence, Stops
 from knapper.engine.models.layer import ScoreRule
 
@@ -71,7 +72,7 @@ class Attention:
         keys[part.rows_N, :, part.at_N] = k_NGD
         values[part.rows_N, :, part.at_N] = v_NGD
         bias_N11C = part.bias_N11C(scores.window)
-        if q_NGQD.device.type == "cpu":  # bit-equal to training
+        if keeps_bits(q_NGQD.device):  # bit-equal to training
             return batch_invariant_attention.decoded(q_NGQD, keys, values, bias_N11C, scores)
         products = torch.matmul(q_NGQD * scores.scale, keys.transpose(-1, -2))
         capped = products if scores.cap is None else torch.tanh(products.float() / scores.cap) * scores.cap

@@ -46,6 +46,7 @@ class EngineSampler:
         self._decoder, self._device, self._tokenizer = decoder, device, tokenizer
         self._text_tokens_max = text_tokens_max
         self._kv_tokens_max = kv_tokens_max
+        self.slots_max = slots_max
         self._adapters = AdapterCache(adapters, decoder.device, adapter_bytes_max)
         self._scheduler = SamplingScheduler(decoder, device, slots_max, kv_tokens_max, now)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from knapper.engine.executor import Work
+from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.lora import Layout, Lora, layout
 from knapper.engine.memory import ROWS_CPU
 from knapper.engine.models.base import Model
@@ -90,7 +91,10 @@ class Trainer:
         expect_fit(request, self._datum_rows_max)
         sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
         batches = deque(micro_batches(request.data, self.rows_max))
-        return PendingRequest(_leaves(state, sums_P), loss, config, sums_P, batches, request.data)
+        lora = _leaves(state, sums_P)
+        if not keeps_bits(self.decoder.device) and self.decoder.dtype != torch.float32:
+            lora = replace(lora, rounded=state.layout.lora(state.weights_P.to(self.decoder.dtype), state.scale))
+        return PendingRequest(lora, loss, config, sums_P, batches, request.data)
 
     def close(self, state: RunState, pending: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:
         """The state after the finished request. Raises its UserError."""

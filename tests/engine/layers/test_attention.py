@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.layers import batch_invariant_attention
-from knapper.engine.layers.attention import _mask
+from knapper.engine.layers import batch_invariant_attention, varlen_attention
+from knapper.engine.layers.attention import PackedAttention, _mask
+from knapper.engine.layers.varlen_attention import VarlenReference
 from knapper.engine.models.layer import ScoreRule
 from tests.engine.gate.models import META
 
@@ -71,3 +72,32 @@ def test_caps_have_shapes_on_a_device_without_a_kernel_for_them() -> None:
     found = batch_invariant_attention.causal(q, k, v, scores=ScoreRule(0.3, window=70, cap=2.0))
     assert found.shape == q.shape
     assert [x.shape for x in torch.autograd.grad(found.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_reference_of_the_kernel_for_packed_rows_is_what_a_cpu_computes(window: int | None) -> None:
+    lengths, rule = [5, 64, 1, 20], ScoreRule(0.3, window)
+    q, k, v = (torch.randn(sum(lengths), heads, 16) for heads in (4, 2, 2))
+    packed = PackedAttention(lengths)(0, q, k, v, scores=rule)
+    assert torch.equal(VarlenReference(lengths, lengths)(q, k, v, rule).flatten(1), packed)
+    rest = VarlenReference([20], [64])(q[:20], k[:64], v[:64], rule)  # the last rows of a text, its keys before them
+    whole = VarlenReference([64], [64])(torch.cat([q[20:64], q[:20]]), k[:64], v[:64], rule)
+    assert torch.equal(rest, whole[44:])
+
+
+def test_the_kernel_is_told_of_grouped_queries_if_this_torch_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    def of_2_11(*_: object, scale: float, window_size: tuple[int, int]) -> None:
+        seen.append({"scale": scale, "window_size": window_size})
+
+    def of_2_13(*_: object, scale: float, window_size: tuple[int, int], enable_gqa: bool = False) -> None:
+        seen.append({"scale": scale, "window_size": window_size, "enable_gqa": enable_gqa})
+
+    for kernel in (of_2_11, of_2_13):
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+        varlen_attention._kernel.cache_clear()
+        varlen_attention._kernel()(1, 2, 3, scale=0.5, window_size=(-1, 0))
+    varlen_attention._kernel.cache_clear()
+    assert "enable_gqa" not in seen[0]
+    assert seen[1]["enable_gqa"] is True
