@@ -6,11 +6,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from knapper.catalogue.hub_errors import NO_ANSWER
 from knapper.errors import UserError
 
 CARD = "README.md"
-# Its HTTP client is another one from release to release; the root of that one's errors is a base of its own.
-_NO_ANSWER: tuple[type[Exception], ...] = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 def push(repository: str, folder: Path, names: Sequence[str], *, private: bool, message: str) -> str:
@@ -35,7 +34,7 @@ def push(repository: str, folder: Path, names: Sequence[str], *, private: bool, 
         raise UserError(f"{folder / CARD}: {' '.join(str(error).split())}. Correct it, or remove it") from error
     except OfflineModeIsEnabled as error:
         raise UserError("HF_HUB_OFFLINE is set, so nothing is uploaded; unset it") from error
-    except _NO_ANSWER as error:
+    except NO_ANSWER as error:
         raise UserError(f"{api.endpoint} does not answer: {error}; start this again later") from error
     return str(address)
 
