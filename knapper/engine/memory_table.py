@@ -11,7 +11,8 @@ from knapper.engine import memory
 from knapper.engine.memory import CARDS, ModelBytes
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.families.gemma import BOTH_SIDES
-from knapper.engine.models.layer import GatedMlp, Layer, Mixture, Routing, ScoreRule, SelfAttention
+from knapper.engine.models.layer import Layer, ScoreRule, SelfAttention
+from knapper.engine.models.mlp import GatedMlp, Mixture, Routing
 from knapper.engine.models.rotary import Rope
 from knapper.errors import UserError
 

@@ -38,6 +38,9 @@ _DELTA: Final = {
     **_HEADED, "head_dim": 32, "layer_types": ["full_attention", "linear_attention"], "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
 }  # fmt: skip
+_EXPERTS: Final = {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
+}  # fmt: skip
 
 # One layer with a window of 16 and one without wherever the architecture has both; contexts that are scaled from 64 on.
 NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -130,10 +133,14 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         {**_GROUPED, "full_attn_idxs": [0], "conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False},
     ),
     "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
-    "qwen3_next": ("Qwen3NextConfig", {**_DELTA, "num_experts": 0, "linear_num_value_heads": 2}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {**_DELTA, **_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [0]},
+    ),
+    "qwen3_next_moe": ("Qwen3NextConfig", {**_DELTA, **_EXPERTS}),
     "smollm3_window": ("SmolLM3Config", {**_GROUPED, **_SWITCHED, "no_rope_layer_interval": 2}),
 }
-MIXTURES: Final = ("qwen3_moe", "qwen3_moe_window", "olmoe", "mixtral", "glm4_moe")
+MIXTURES: Final = ("qwen3_moe", "qwen3_moe_window", "olmoe", "mixtral", "glm4_moe", "qwen3_next", "qwen3_next_moe")
 HYBRIDS: Final = tuple(kind for kind in NATIVE if kind.startswith(("lfm2", "qwen3_5", "qwen3_next")))
 # Left to transformers. Among them: fused query, key and value; biases everywhere, on the head too; layers in parallel;
 # scaled heads; caps on attention and logits with windows; LayerNorms; options that the native code lacks.

@@ -32,9 +32,12 @@ class FrozenLinear:
         bias_O: Tensor | None = None,
         *,
         pack: bool = True,
+        adapted: bool = True,
         exactness: Exactness | None = None,
     ) -> None:
-        """`pack`: keep a packed copy in memory. `exactness`: the model's; None: one of its own."""
+        """`pack`: keep a packed copy in memory. `adapted`: adapters may enter it. `exactness`: the model's; None: one
+        of its own.
+        """
         self.exactness = exactness or Exactness()
         self.widths = tuple(len(part) for part in parts)
         self.outputs, self.inputs = sum(self.widths), parts[0].shape[1]
@@ -45,7 +48,8 @@ class FrozenLinear:
         whole_OI = _stacked(parts, dtype)
         self._parts = tuple(parts) if self.packed else (whole_OI,)
         self._product = self._make(whole_OI, bias_O)
-        self.exactness.add(self.inputs, self.widths)
+        if adapted:
+            self.exactness.add(self.inputs, self.widths)
 
         def probe(whole_OI: Tensor) -> Product:  # a bias of zeros rounds no difference away
             return self._make(whole_OI, None if bias_O is None else bias_O.new_zeros(len(whole_OI)))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knapper.engine.models.layer import Groups, Routing
+from knapper.engine.models.mlp import Groups, Routing
 
 
 def routed(logits_NE: Tensor, routing: Routing, correction_E: Tensor | None = None) -> tuple[Tensor, Tensor]:

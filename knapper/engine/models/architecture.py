@@ -12,23 +12,16 @@ from typing import Final
 
 from knapper import limits
 from knapper.engine.models.fields import Raw, UnsupportedModel, number, optional, size
-from knapper.engine.models.layer import (
+from knapper.engine.models.layer import PRE_NORMS, Layer, Mixer, Norms, QkNorm, Recurrent, ScoreRule, SelfAttention
+from knapper.engine.models.mlp import (
     PLAIN_EXPERTS,
     PLAIN_MLP,
-    PRE_NORMS,
     Activation,
     GatedMlp,
     Groups,
-    Layer,
-    Mixer,
     Mixture,
     MixtureNames,
-    Norms,
-    QkNorm,
-    Recurrent,
     Routing,
-    ScoreRule,
-    SelfAttention,
     mlp_names,
 )
 from knapper.engine.models.rotary import FULL, SLIDING, LayerType, RopeRule, served_context
@@ -143,13 +136,14 @@ class MixtureRule:
     """Where config.json has a mixture's sizes, and which layers have one.
 
     `width`: the field of an expert's inner size. `renormalised`: whether the weights of a row's experts are divided by
-    their sum. `grouped`: experts are chosen by groups, and each row takes shared ones too. `dense`: layers with a plain
-    MLP.
+    their sum. `grouped`: experts are chosen by groups, and each row takes shared ones too. `shared_width`: the field of
+    the inner size of a shared one, without groups. `dense`: layers with a plain MLP.
     """
 
     renormalised: Bias
     grouped: bool = False
     width: str = "moe_intermediate_size"
+    shared_width: str | None = None
     dense: Layers = no_layer
     names: MixtureNames = PLAIN_EXPERTS
 
@@ -162,8 +156,9 @@ class MixtureRule:
             raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, and there are {experts} experts")
         width = size(raw, self.width, path)
         if not self.grouped:
-            routing = Routing(experts, active, self.renormalised(raw))
-            return Mixture(width, routing, activation, self.names)
+            routing, field = Routing(experts, active, self.renormalised(raw)), self.shared_width
+            wide = None if field is None else GatedMlp(size(raw, field, path), activation, names=self._shared_names)
+            return Mixture(width, routing, activation, self.names, wide)
         groups = Groups(size(raw, "n_group", path, 1), size(raw, "topk_group", path, 1))
         if experts % groups.count or experts // groups.count < 2 or groups.active > groups.count:
             raise UnsupportedModel(
@@ -172,11 +167,17 @@ class MixtureRule:
         if active > experts // groups.count * groups.active:
             raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, more than are in {groups.active} groups")
         scale = number(raw, "routed_scaling_factor", path, 1.0)
-        shared = GatedMlp(
-            width * size(raw, "n_shared_experts", path, 1), activation, names=mlp_names(self.names.shared)
-        )
+        shared = GatedMlp(width * size(raw, "n_shared_experts", path, 1), activation, names=self._shared_names)
         routing = Routing(experts, active, self.renormalised(raw), groups, scale)
         return Mixture(width, routing, activation, self.names, shared)
+
+    @property
+    def has_shared(self) -> bool:
+        return self.grouped or self.shared_width is not None
+
+    @property
+    def _shared_names(self) -> tuple[str, str, str]:
+        return mlp_names(self.names.shared)
 
 
 @dataclass(frozen=True)
@@ -356,7 +357,8 @@ class Architecture:
             "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
             "norms before and after attention and MLP": self.norms.mixer_output is not None
             and self.norms.mixer_input is not None,
-            "experts": self.mixture is not None and not self.mixture.grouped,
+            "experts": self.mixture is not None and not self.mixture.has_shared,
+            "experts, beside a shared one": self.mixture is not None and self.mixture.shared_width is not None,
             "experts, chosen by groups, beside a shared one": self.mixture is not None and self.mixture.grouped,
             "windows": self.windows != NO_WINDOWS,
             "layers without positions": self.without_positions is not no_layer,
@@ -383,7 +385,7 @@ class Architecture:
         plain = GatedMlp(1, fused=self.fused_gate_up, names=self.names.mlp)
         mlp: GatedMlp | Mixture = plain
         if self.mixture is not None:
-            shared = plain if self.mixture.grouped else None
+            shared = plain if self.mixture.has_shared else None
             mlp = Mixture(1, Routing(1, 1, renormalised=False), names=self.mixture.names, shared=shared)
         linears = (*attention.linears(1), *recurrent, *mlp.linears(1))
         return tuple(dict.fromkeys(linear.name for linear in linears))

@@ -21,7 +21,8 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.recurrence import Convolution
 from knapper.engine.layers.rope import CosSin
 from knapper.engine.layers.routing import Dispatch, combined, routed, spread
-from knapper.engine.models.layer import Activation, GatedDelta, GatedMlp, Mixture, SelfAttention
+from knapper.engine.models.layer import GatedDelta, SelfAttention
+from knapper.engine.models.mlp import Activation, GatedMlp, Mixture
 from knapper.engine.models.rotary import Rope
 
 
@@ -156,7 +157,8 @@ class GatedMlpBlock:
 class MixtureBlock:
     """Each row goes through its experts; what they give is added, weighted by the router.
 
-    `correction_E`: where there are groups. Their router computes in float32.
+    `router`: with the linear of the shared one's weight, if it has one. `correction_E`: where there are groups; their
+    router computes in float32.
     """
 
     facts: Mixture
@@ -168,14 +170,17 @@ class MixtureBlock:
 
     def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
         adapt, routing = rows.adapt, self.facts.routing
-        (logits_NE,) = self.router(x_NH.to(self.router.linear.dtype), adapt)
+        logits_NE, *gates = self.router(x_NH.to(self.router.linear.dtype), adapt)
         weights_NK, experts_NK = routed(logits_NE, routing, self.correction_E)
         numbers_N = adapt.numbers(len(x_NH), x_NH.device)
         dispatch = Dispatch.of(experts_NK, routing.experts, numbers_N, len(adapt.loras))
         gate, up = self.gate_up(spread(x_NH, dispatch), dispatch, adapt)
         (y_SH,) = self.down(_activated(gate, self.facts.activation) * up, dispatch, adapt)
         y_NH = combined(y_SH, weights_NK, dispatch)
-        return y_NH if self.shared is None else y_NH + self.shared(x_NH, rows)
+        if self.shared is None:
+            return y_NH
+        shared_NH = self.shared(x_NH, rows)
+        return y_NH + (torch.sigmoid(gates[0]) * shared_NH if gates else shared_NH)
 
     @property
     def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:

@@ -12,7 +12,9 @@ from knapper.engine.models.architecture import PLAIN_NORM, NormRule
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
 from knapper.engine.models.gaps import MISSING
-from knapper.engine.models.layer import Layer, Mixture, Part, Recurrent, SelfAttention, expert_names
+from knapper.engine.models.layer import Layer, Recurrent, SelfAttention
+from knapper.engine.models.linear_shape import Part, expert_names
+from knapper.engine.models.mlp import Mixture
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
 from knapper.errors import NotFound, UserError
 
@@ -100,7 +102,8 @@ class ModelConfig:
     @cached_property
     def lora_targets(self) -> tuple[LoraTarget, ...]:
         """The linears of each layer, then the head."""
-        mixed = any(isinstance(layer.mlp, Mixture) for layer in self.layers)
+        architecture = ARCHITECTURES.get(self.model_type)
+        mixed = architecture is not None and architecture.mixture is not None  # by its type, as PEFT takes it
         within = (
             LoraTarget(
                 f"layers.{index}.{shape.name}", shape.inputs, shape.outputs, shape.part,

@@ -22,7 +22,7 @@ from knapper.engine.models.config import (
     expect_text_model,
 )
 from knapper.engine.models.fields import UnsupportedModel, read_json
-from knapper.engine.models.layer import Part
+from knapper.engine.models.linear_shape import Part
 from knapper.engine.models.transformers import Head, TransformersFacts, TransformersModel
 from knapper.engine.models.weight_files import BrokenModel
 from knapper.errors import NotFound

@@ -26,15 +26,9 @@ from knapper.engine.models.blocks import (
     Sites,
 )
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import (
-    GatedDelta,
-    GatedMlp,
-    Layer,
-    LinearShape,
-    Mixture,
-    SelfAttention,
-    ShortConvolution,
-)
+from knapper.engine.models.layer import GatedDelta, Layer, SelfAttention, ShortConvolution
+from knapper.engine.models.linear_shape import LinearShape
+from knapper.engine.models.mlp import GatedMlp, Mixture
 
 
 @dataclass(frozen=True)
@@ -85,12 +79,10 @@ class _Loader:
     def tensor(self, name: str) -> Tensor:
         return self.tensors.take(name).to(self.dtype)
 
-    def linear(self, modules: Sequence[str], *, biased: bool = False, dtype: torch.dtype | None = None) -> FrozenLinear:
-        """In `dtype`; None: the model's."""
-        dtype = dtype or self.dtype
+    def linear(self, modules: Sequence[str], *, biased: bool = False) -> FrozenLinear:
         weights = [self.tensors.take(f"{module}.weight") for module in modules]
-        bias = torch.cat([self.tensors.take(f"{module}.bias") for module in modules]).to(dtype) if biased else None
-        return FrozenLinear(weights, dtype, bias, exactness=self.exactness)
+        bias = torch.cat([self.tensors.take(f"{module}.bias") for module in modules]).to(self.dtype) if biased else None
+        return FrozenLinear(weights, self.dtype, bias, exactness=self.exactness)
 
     def norm(self, module: str) -> RmsNorm:
         rule, weight = self.config.norm, self.tensor(f"{module}.weight")
@@ -165,7 +157,7 @@ class _Loader:
         corrections = [self.tensors.take(f"model.layers.{index}.{name}").float() for name in facts.corrections()]
         return MixtureBlock(
             facts=facts,
-            router=self._sites(index, [facts.router(hidden)], wide),
+            router=self._routers(index, facts.routers(hidden), wide),
             correction_E=corrections[0] if corrections else None,
             gate_up=self._experts(index, inputs),
             down=self._experts(index, outputs),
@@ -183,10 +175,16 @@ class _Loader:
         experts = [[self.tensors.take(f"model.layers.{index}.{module}.weight") for module in own] for own in modules]
         return ExpertSites(_names(index, shapes), ExpertLinears(experts, self.dtype, self.exactness))
 
-    def _sites(self, index: int, shapes: Sequence[LinearShape], dtype: torch.dtype | None = None) -> Sites:
+    def _routers(self, index: int, shapes: Sequence[LinearShape], dtype: torch.dtype | None) -> Sites:
+        """As one: a product with a single output has no bits to promise."""
+        weights = [self.tensors.take(f"model.layers.{index}.{shape.module}.weight") for shape in shapes]
+        linear = FrozenLinear(weights, dtype or self.dtype, adapted=False, exactness=self.exactness)
+        return Sites(_names(index, shapes), linear)
+
+    def _sites(self, index: int, shapes: Sequence[LinearShape]) -> Sites:
         """Linears of the same input as one, rows stacked."""
         modules = [f"model.layers.{index}.{shape.module}" for shape in shapes]
-        return Sites(_names(index, shapes), self.linear(modules, biased=shapes[0].biased, dtype=dtype))
+        return Sites(_names(index, shapes), self.linear(modules, biased=shapes[0].biased))
 
 
 def _names(index: int, shapes: Sequence[LinearShape]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from knapper.engine.models import weights
 from knapper.engine.models.blocks import PassRows
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
-from knapper.engine.models.layer import Routing
+from knapper.engine.models.mlp import Routing
 from tests.engine.gate.meter import Meter
 from tests.engine.runs import spec, tiny_trainer
 from tests.engine.strange import strange_model

@@ -12,7 +12,8 @@ import torch
 
 from knapper.engine.models import registry
 from knapper.engine.models.config import HEAD, Facts, ModelConfig
-from knapper.engine.models.layer import GatedDelta, Mixture, ShortConvolution
+from knapper.engine.models.layer import GatedDelta, ShortConvolution
+from knapper.engine.models.mlp import Mixture
 from knapper.engine.models.rotary import LongScaling, Rope
 from knapper.engine.models.transformers_loader import load
 from tests.engine.strange import FOREIGN, NATIVE, strange_model

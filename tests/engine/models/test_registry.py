@@ -29,13 +29,13 @@ SIZES: Final[dict[str, Any]] = {
     "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": 16,
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "n_routed_experts": 6,
+    "n_routed_experts": 6, "shared_expert_intermediate_size": 48,
 }  # fmt: skip
 # One layer of each kind; of two none would have attention, or each experts.
 MIXED: Final[dict[str, dict[str, Any]]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
 }
 
 
@@ -100,6 +100,12 @@ def test_an_architecture_of_the_same_kind_takes_one_row(tmp_path: Path, monkeypa
         ("qwen3_moe", {"num_experts": None}, "num_experts is None"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0"),
         ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers 1"),
+        ("qwen3_next", {"mlp_only_layers": 1}, "mlp_only_layers 1"),
+        (
+            "qwen3_next",
+            {**MIXED["qwen3_next"], "shared_expert_intermediate_size": 0},
+            "shared_expert_intermediate_size is 0",
+        ),
         ("glm4_moe", {"n_group": 4}, "n_group is 4, and topk_group 1, of 6 experts"),
         ("glm4_moe", {"n_group": 3, "num_experts_per_tok": 3}, "num_experts_per_tok is 3, more than are in 1 groups"),
         ("glm4_moe", {"first_k_dense_replace": "one"}, "first_k_dense_replace 'one'"),
@@ -170,10 +176,14 @@ def test_experts_are_counted_before_they_are_listed(tmp_path: Path) -> None:
                 ModelConfig.read(tmp_path)
 
 
-def test_experts_that_no_published_hybrid_goes_without_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_next", **SIZES, "num_experts": 512}))
-    with pytest.raises(UserError, match=r"qwen3_next with layers of experts \(num_experts is 512\) is not supported"):
-        ModelConfig.read(tmp_path)
+def test_a_hybrid_may_have_no_experts(tmp_path: Path) -> None:
+    """PEFT takes its MLPs for experts all the same, by the model's type."""
+    directory = random_model(tmp_path, "qwen3_next", num_experts=0)
+    expect_same_logits(directory)
+    targets = ModelConfig.read(directory).lora_targets
+    assert {t.peft_parameter for t in targets if t.part == "mlp"} == {
+        "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

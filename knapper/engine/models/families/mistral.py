@@ -7,7 +7,7 @@ from typing import Final
 
 from knapper.engine.models.architecture import Architecture, MixtureRule, Windows, always, every_layer, never
 from knapper.engine.models.composite import Composite
-from knapper.engine.models.layer import MixtureNames
+from knapper.engine.models.mlp import MixtureNames
 from knapper.engine.models.rotary import RopeRule
 
 _EXPERT: Final = "block_sparse_moe.experts.{}."

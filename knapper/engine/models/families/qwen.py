@@ -20,11 +20,11 @@ def _after_the_full_ones(raw: Raw, index: int) -> bool:
     return index >= int(raw.get("max_window_layers", 28))
 
 
-def _dense(raw: Raw, index: int) -> bool:
+def dense(raw: Raw, index: int) -> bool:
     return index in (raw.get("mlp_only_layers") or ()) or (index + 1) % raw.get("decoder_sparse_step", 1) != 0
 
 
-def _unreadable_layers(raw: Raw) -> str:
+def unreadable_layers(raw: Raw) -> str:
     """Before the layers are taken from it."""
     step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or []
     if not isinstance(dense, list):
@@ -42,8 +42,8 @@ ARCHITECTURES: Final = (
         "Qwen 3 30B-A3B and 235B-A22B",
         qk_norm="head",
         windows=Windows(every_layer, listed=False, switched=True, size=4096),
-        mixture=MixtureRule(by_norm_topk_prob, dense=_dense),
-        refused=(*OPTIONS, _unreadable_layers),
+        mixture=MixtureRule(by_norm_topk_prob, dense=dense),
+        refused=(*OPTIONS, unreadable_layers),
     ),
 )
 

@@ -1,12 +1,17 @@
-"""Qwen3-Next and Qwen3.5: three layers of the gated delta rule, arXiv 2412.06464, to one of gated attention."""
+"""Qwen3-Next and Qwen3.5: three layers of the gated delta rule, arXiv 2412.06464, to one of gated attention.
+
+In those with experts a linear of a row weights what the shared one gives.
+"""
 
 from pathlib import Path
 from typing import Final
 
-from knapper.engine.models.architecture import OPTIONS, Architecture, NormRule, RecurrentLayers
+from knapper.engine.models.architecture import OPTIONS, Architecture, MixtureRule, NormRule, RecurrentLayers
 from knapper.engine.models.composite import Composite
-from knapper.engine.models.fields import Raw, UnsupportedModel, listed, size
+from knapper.engine.models.families.qwen import dense, unreadable_layers
+from knapper.engine.models.fields import Raw, UnsupportedModel, size
 from knapper.engine.models.layer import GatedDelta
+from knapper.engine.models.mlp import MixtureNames
 from knapper.engine.models.rotary import FULL, RopeRule
 
 _LINEAR: Final = "linear_attention"
@@ -54,19 +59,18 @@ def _other_gates(raw: Raw) -> str:
     return "" if raw.get("attn_output_gate", True) else "attention without gates (attn_output_gate)"
 
 
-def _experts(raw: Raw) -> str:
-    """All published models have them."""
-    experts, step = raw.get("num_experts", 512), raw.get("decoder_sparse_step", 1)
-    layers, plain = raw.get("num_hidden_layers"), listed(raw.get("mlp_only_layers"))
-    if not isinstance(experts, int) or not isinstance(step, int) or not isinstance(layers, int) or step < 1:
-        return f"num_experts {experts!r}, decoder_sparse_step {step!r}"
-    mixed = any(index not in plain and (index + 1) % step == 0 for index in range(layers))
-    return f"layers of experts (num_experts is {experts})" if experts and mixed else ""
+def _dense(raw: Raw, index: int) -> bool:
+    return raw.get("num_experts") == 0 or dense(raw, index)
+
+
+def _by_norm_topk_prob(raw: Raw) -> bool:
+    return bool(raw.get("norm_topk_prob", True))
 
 
 _DESCRIBED: Final = "layers of the gated delta rule in place of most attention"
 _NORM: Final = NormRule(wide=True, offset=1.0)
 _ROPE: Final = RopeRule(partial=0.25)
+_NAMES: Final = MixtureNames(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate")
 
 ARCHITECTURES: Final = (
     Architecture(
@@ -82,13 +86,16 @@ ARCHITECTURES: Final = (
     ),
     Architecture(
         "qwen3_next",
-        "Qwen3-Next without experts, of which none is published",
+        "Qwen3-Next 80B-A3B",
         qk_norm="head",
         gated_attention=True,
         norm=_NORM,
         rope=_ROPE,
         recurrent=RecurrentLayers(_fused_mixer, GatedDelta(1, 1, 1, 1, 1, fused=True), _DESCRIBED),
-        refused=(*OPTIONS, _other_gates, _experts),
+        mixture=MixtureRule(
+            _by_norm_topk_prob, shared_width="shared_expert_intermediate_size", dense=_dense, names=_NAMES
+        ),
+        refused=(*OPTIONS, _other_gates, unreadable_layers),
         head_dim=256,
     ),
 )

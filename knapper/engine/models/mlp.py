@@ -1,0 +1,147 @@
+"""What follows a layer's mixer: a gated MLP, or a mixture of such. Loads no torch."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from knapper.engine.models.linear_shape import LinearShape
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+def mlp_names(block: str) -> tuple[str, str, str]:
+    """The modules of gate, up and down in a block of most architectures."""
+    return f"{block}.gate_proj", f"{block}.up_proj", f"{block}.down_proj"
+
+
+PLAIN_MLP: Final = mlp_names("mlp")
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """down(activation(gate(x)) up(x)), arXiv 2002.05202. `fused`: the file has gate and up as one linear.
+
+    `names`: the modules of gate, up and down.
+    """
+
+    width: int
+    activation: Activation = "silu"
+    fused: bool = False
+    names: tuple[str, str, str] = PLAIN_MLP
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The linears that make gate and up, in this order."""
+        if self.fused:
+            return (LinearShape("mlp.gate_up_proj", hidden, 2 * self.width, "mlp"),)
+        return tuple(LinearShape(name, hidden, self.width, "mlp") for name in self.names[:2])
+
+    def output(self, hidden: int) -> LinearShape:
+        return LinearShape(self.names[2], self.width, hidden, "mlp")
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        return (*self.inputs(hidden), self.output(hidden))
+
+    def routers(self, hidden: int) -> tuple[LinearShape, ...]:  # noqa: ARG002  of every kind of MLP
+        return ()
+
+    def corrections(self) -> dict[str, int]:
+        return {}
+
+    def numbers_of_row(self, hidden: int) -> int:  # noqa: ARG002  of every kind of MLP
+        """Numbers that a row leaves for the backward pass."""
+        return 4 * self.width
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Experts in `count` groups of equal size, of which a row takes its experts from the best `active`, by the sum of
+    the best two scores of each.
+    """
+
+    count: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A row's experts: the `active` likeliest by the softmax of a frozen linear over all `experts`.
+
+    Their outputs are weighted by these probabilities; `renormalised`: divided by the sum of the chosen ones'. `groups`:
+    the scores are sigmoids, and a frozen correction is added where experts are chosen, not where they are weighted
+    (arXiv 2412.19437, section 2.1.2). `scale` multiplies the weights.
+    """
+
+    experts: int
+    active: int
+    renormalised: bool
+    groups: Groups | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class MixtureNames:
+    """Within the layer: the router, the linears of an expert, {} for its number, what every row goes through, and the
+    linear of its weight, if it has one.
+    """
+
+    router: str = "mlp.gate"
+    gate: str = "mlp.experts.{}.gate_proj"
+    up: str = "mlp.experts.{}.up_proj"
+    down: str = "mlp.experts.{}.down_proj"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    shared: str = "mlp.shared_experts"
+    shared_gate: str | None = None
+
+
+PLAIN_EXPERTS: Final = MixtureNames()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gated MLPs of `width`, of which each row takes some, as `routing` says. Sources: arXiv 1701.06538, section 2.
+
+    `shared`: one beside them that every row takes (arXiv 2401.06066, section 3.2); with a name for its gate, a frozen
+    linear of one output, that one's sigmoid multiplies what it gives.
+    """
+
+    width: int
+    routing: Routing
+    activation: Activation = "silu"
+    names: MixtureNames = PLAIN_EXPERTS
+    shared: GatedMlp | None = None
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The experts' linears that make gate and up, in this order."""
+        return tuple(self._of_experts(name, hidden, self.width) for name in (self.names.gate, self.names.up))
+
+    def output(self, hidden: int) -> LinearShape:
+        return self._of_experts(self.names.down, self.width, hidden)
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        """Those that take adapters: the router does not, in training as in the field."""
+        shared = () if self.shared is None else self.shared.linears(hidden)
+        return (*self.inputs(hidden), self.output(hidden), *shared)
+
+    def router(self, hidden: int) -> LinearShape:
+        return LinearShape(self.names.router, hidden, self.routing.experts, "mlp")
+
+    def shared_gate(self, hidden: int) -> LinearShape | None:
+        name = self.names.shared_gate
+        return None if name is None or self.shared is None else LinearShape(name, hidden, 1, "mlp")
+
+    def routers(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The frozen linears that weight the others' outputs."""
+        gate = self.shared_gate(hidden)
+        return (self.router(hidden), *(() if gate is None else (gate,)))
+
+    def corrections(self) -> dict[str, int]:
+        """Name and width of the vectors beside the router."""
+        return {} if self.routing.groups is None else {self.names.correction: self.routing.experts}
+
+    def numbers_of_row(self, hidden: int) -> int:
+        """Numbers that a row leaves for the backward pass: of each of its experts, and of the router."""
+        shared = 0 if self.shared is None else self.shared.numbers_of_row(hidden)
+        shared += 0 if self.shared_gate(hidden) is None else hidden + 1  # what it weights, and the weight
+        return self.routing.active * (4 * self.width + 2 * hidden) + 2 * self.routing.experts + shared
+
+    def _of_experts(self, module: str, inputs: int, outputs: int) -> LinearShape:
+        return LinearShape(module, inputs, outputs, "mlp", experts=self.routing.experts)
