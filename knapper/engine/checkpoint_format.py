@@ -147,18 +147,25 @@ def thaw(files: Files, layout: Layout) -> tuple[Tensor, Moments, Tensor | None]:
 
 
 def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
-    parameters = list(dict.fromkeys(each.peft_parameter for each in layout.lora_targets if each.peft_parameter))
+    targets = layout.lora_targets
+    parameters = list(dict.fromkeys(each.peft_parameter for each in targets if each.peft_parameter))
+    # Of gate and up in one tensor PEFT has one pair, of twice the rank, into which it joins the file's.
+    pairs = {each.peft_parameter: set[str]() for each in targets if each.peft_parameter and each.experts}
+    for each in targets:
+        if each.peft_parameter in pairs:
+            pairs[each.peft_parameter].add(each.module.rpartition(".")[2])
+    fused = {rf".*\.{name.rpartition('.')[2]}": len(found) for name, found in pairs.items() if len(found) > 1}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": spec.base_model,
         "r": spec.rank,
-        "lora_alpha": int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,  # vLLM wants a whole number
+        "lora_alpha": _whole(spec.alpha),
         "lora_dropout": 0.0,
-        "target_modules": list(
-            dict.fromkeys(target.peft_target for target in layout.lora_targets if not target.peft_parameter)
-        ),
+        "target_modules": list(dict.fromkeys(target.peft_target for target in targets if not target.peft_parameter)),
         **({"target_parameters": parameters} if parameters else {}),
+        **({"rank_pattern": {name: count * spec.rank for name, count in fused.items()}} if fused else {}),
+        **({"alpha_pattern": {name: _whole(count * spec.alpha) for name, count in fused.items()}} if fused else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -167,6 +174,11 @@ def _config(spec: Spec, layout: Layout) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _whole(alpha: float) -> float:
+    """vLLM wants a whole number."""
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _check_config(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

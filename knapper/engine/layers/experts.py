@@ -29,8 +29,14 @@ class ExpertLinears:
     linear for each expert; with them `w_EOI` is all.
     """
 
-    def __init__(self, experts: Sequence[Sequence[Tensor]], dtype: torch.dtype, exactness: Exactness) -> None:
-        """`experts`: the parts of each."""
+    def __init__(
+        self,
+        experts: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        exactness: Exactness,
+        joined_EOI: Tensor | None = None,
+    ) -> None:
+        """`experts`: the parts of each. `joined_EOI`: of which they are views."""
         self.dtype, self.exactness = dtype, exactness
         self.widths = tuple(len(part) for part in experts[0])
         self.outputs, self.inputs = sum(self.widths), experts[0][0].shape[1]
@@ -38,7 +44,7 @@ class ExpertLinears:
         self._experts = len(experts)
         self.each: tuple[FrozenLinear, ...] = ()
         if self.grouped:
-            self.w_EOI = _stacked(experts, dtype)
+            self.w_EOI = _stacked(experts, dtype) if joined_EOI is None else joined_EOI.to(dtype)
         else:  # at once: adapters are probed on all that they may enter
             self.each = tuple(FrozenLinear(parts, dtype, exactness=exactness) for parts in experts)
 

@@ -27,7 +27,8 @@ class LoraTarget:
     """A linear, (inputs) -> (outputs), that an adapter may have. `name` is ours; `module` is its name in transformers,
     `peft_target` its name in PEFT's target_modules. `experts`: it is so many linears, each with a pair of its own, and
     `module` has {} for an expert's number. `peft_parameter`: its weight's name in PEFT's target_parameters, for one
-    that is not in target_modules: of a mixture PEFT takes the short name of an MLP's linears for that of the experts'.
+    that is not in target_modules: of a mixture PEFT takes the short name of an MLP's linears for that of the experts',
+    and of some types it does not know that their experts are joined.
     """
 
     name: str
@@ -111,7 +112,8 @@ class ModelConfig:
                 # Linears of images may have the short name, too.
                 module if self.body == BODY else shape.peft_target,
                 shape.experts,
-                peft_parameter=f"{shape.module}.weight" if mixed and shape.part == "mlp" and not shape.experts else "",
+                peft_parameter=shape.joined
+                or (f"{shape.module}.weight" if mixed and shape.part == "mlp" and not shape.experts else ""),
             )
             for index, layer in enumerate(self.layers)
             for shape in layer.linears(self.hidden)

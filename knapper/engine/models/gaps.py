@@ -18,7 +18,5 @@ MISSING: Final[Mapping[str, str]] = {
     "kimi_k25": f"{_LATENT}, and experts in four bits",
     "lfm2_moe": "experts in place of MLPs, beside its convolutions",
     "nemotron_h": "layers with a state (Mamba 2), and experts in place of MLPs",
-    "qwen3_5_moe": _FUSED,
-    "qwen3_5_moe_text": _FUSED,
     "qwen3_vl_moe": _FUSED,
 }

@@ -10,7 +10,8 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class LinearShape:
     """A stored linear, (inputs) -> (outputs). `module`: its name within the layer, as files have it. `experts`: there
-    are so many of one shape, and `module` has {} for an expert's number.
+    are so many of one shape, and `module` has {} for an expert's number. `joined`: files may
+    have those of all experts in one tensor of this name, as transformers' model has them.
     """
 
     module: str
@@ -19,6 +20,7 @@ class LinearShape:
     part: Part
     biased: bool = False
     experts: int | None = None
+    joined: str | None = None
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from knapper.engine.models.linear_shape import LinearShape
+from knapper.engine.models.linear_shape import LinearShape, Shape
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -46,6 +46,9 @@ class GatedMlp:
     def corrections(self) -> dict[str, int]:
         return {}
 
+    def joined(self, hidden: int) -> dict[str, Shape]:  # noqa: ARG002  of every kind of MLP
+        return {}
+
     def numbers_of_row(self, hidden: int) -> int:  # noqa: ARG002  of every kind of MLP
         """Numbers that a row leaves for the backward pass."""
         return 4 * self.width
@@ -80,7 +83,8 @@ class Routing:
 @dataclass(frozen=True)
 class MixtureNames:
     """Within the layer: the router, the linears of an expert, {} for its number, what every row goes through, and the
-    linear of its weight, if it has one.
+    linear of its weight, if it has one. `joined`: the tensors of all experts' gate and up, and of their down, in
+    architectures of which files may have them so.
     """
 
     router: str = "mlp.gate"
@@ -90,6 +94,7 @@ class MixtureNames:
     correction: str = "mlp.gate.e_score_correction_bias"
     shared: str = "mlp.shared_experts"
     shared_gate: str | None = None
+    joined: tuple[str, str] | None = None
 
 
 PLAIN_EXPERTS: Final = MixtureNames()
@@ -111,10 +116,10 @@ class Mixture:
 
     def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
         """The experts' linears that make gate and up, in this order."""
-        return tuple(self._of_experts(name, hidden, self.width) for name in (self.names.gate, self.names.up))
+        return tuple(self._of_experts(name, hidden, self.width, 0) for name in (self.names.gate, self.names.up))
 
     def output(self, hidden: int) -> LinearShape:
-        return self._of_experts(self.names.down, self.width, hidden)
+        return self._of_experts(self.names.down, self.width, hidden, 1)
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
         """Those that take adapters: the router does not, in training as in the field."""
@@ -143,5 +148,14 @@ class Mixture:
         shared += 0 if self.shared_gate(hidden) is None else hidden + 1  # what it weights, and the weight
         return self.routing.active * (4 * self.width + 2 * hidden) + 2 * self.routing.experts + shared
 
-    def _of_experts(self, module: str, inputs: int, outputs: int) -> LinearShape:
-        return LinearShape(module, inputs, outputs, "mlp", experts=self.routing.experts)
+    def joined(self, hidden: int) -> dict[str, Shape]:
+        """Name and shape of the tensors that have the linears of all experts, where files may have such."""
+        if self.names.joined is None:
+            return {}
+        gate_up, down = self.names.joined
+        experts = self.routing.experts
+        return {gate_up: (experts, 2 * self.width, hidden), down: (experts, hidden, self.width)}
+
+    def _of_experts(self, module: str, inputs: int, outputs: int, place: int) -> LinearShape:
+        joined = None if self.names.joined is None else self.names.joined[place]
+        return LinearShape(module, inputs, outputs, "mlp", experts=self.routing.experts, joined=joined)

@@ -5,7 +5,7 @@ Loads no torch: the start of a server fails within milliseconds if an engine cou
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -139,8 +139,11 @@ def text_spans(path: Path) -> list[tuple[int, int]]:
     return spans
 
 
-def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Name and shape of every tensor of a native model."""
+def promised(config: ModelConfig, having: Container[str] = ()) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every tensor of a native model.
+
+    Experts of a layer are one by one, unless the files are `having` the first of the tensors that join them.
+    """
     yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
     yield f"{config.final_norm}.weight", (config.hidden,)
     for index, layer in enumerate(config.layers):
@@ -148,7 +151,13 @@ def promised(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in layer.norm_widths(config.hidden).items())
         yield from ((f"{prefix}.{name}", shape) for name, shape in layer.mixer.tensors(config.hidden).items())
         yield from ((f"{prefix}.{name}", (width,)) for name, width in layer.mlp.corrections().items())
+        joined = {f"{prefix}.{name}": shape for name, shape in layer.mlp.joined(config.hidden).items()}
+        joins = next(iter(joined), None) in having
+        if joins:
+            yield from joined.items()
         for linear in layer.stored(config.hidden):
+            if joins and linear.joined is not None:
+                continue
             for module in linear.modules:
                 yield f"{prefix}.{module}.weight", (linear.outputs, linear.inputs)
                 if linear.biased:
@@ -161,7 +170,7 @@ def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHea
     """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another shape."""
     headers = text_entries(directory)
     names: list[str] = []
-    for name, shape in promised(config):
+    for name, shape in promised(config, headers):
         if name not in headers:
             raise BrokenModel(f"{directory}: tensor {name} is missing; config.json promises it as {list(shape)}")
         header = headers[name]

@@ -170,10 +170,15 @@ class _Loader:
         return GatedMlpBlock(facts, gate_up, down)
 
     def _experts(self, index: int, shapes: Sequence[LinearShape]) -> ExpertSites:
-        """Of every expert its linears of the same input as one."""
+        """Of every expert its linears of the same input as one; of a tensor of all experts, views."""
+        joined = f"model.layers.{index}.{shapes[0].joined}"
+        if shapes[0].joined is not None and joined in self.tensors:
+            w_EOI = self.tensors.take(joined)
+            experts = [w_OI.split([shape.outputs for shape in shapes]) for w_OI in w_EOI]
+            return ExpertSites(_names(index, shapes), ExpertLinears(experts, self.dtype, self.exactness, w_EOI))
         modules = zip(*(shape.modules for shape in shapes), strict=True)
-        experts = [[self.tensors.take(f"model.layers.{index}.{module}.weight") for module in own] for own in modules]
-        return ExpertSites(_names(index, shapes), ExpertLinears(experts, self.dtype, self.exactness))
+        parts = [[self.tensors.take(f"model.layers.{index}.{module}.weight") for module in own] for own in modules]
+        return ExpertSites(_names(index, shapes), ExpertLinears(parts, self.dtype, self.exactness))
 
     def _routers(self, index: int, shapes: Sequence[LinearShape], dtype: torch.dtype | None) -> Sites:
         """As one: a product with a single output has no bits to promise."""
@@ -199,6 +204,9 @@ class _Tensors:
         headers = weight_files.expect_promised(directory, config)
         opened = {path: weight_files.opened(path, "pt") for path in {header.path for header in headers.values()}}
         self._files = {name: (opened[header.path], header.stored) for name, header in headers.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
 
     def take(self, name: str) -> Tensor:
         file, stored = self._files[name]

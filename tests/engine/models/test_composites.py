@@ -1,6 +1,7 @@
 """The text part of a checkpoint of images and text equals, of texts, the whole model of transformers with PEFT."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.registry import COMPOSITES
 from knapper.engine.models.rotary import Rope
-from knapper.engine.training.trainer import Trainer
+from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import InvalidField, UserError
 from knapper.local.banner import banner
 from knapper.settings import Settings
 from knapper.text.sizes import sized
+from tests.engine import peft_experts
 from tests.engine.composites import CASES, COMPOSITE, LAYOUTS, composite_model
 from tests.engine.models.test_decoder import decoder_of, tokens_of
 from tests.engine.runs import datum, done, request, spec
@@ -34,6 +36,7 @@ from tests.engine.test_peft_parity import expect_equal_steps, load_in_peft, plai
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings"),
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),  # PEFT forgets what it fused
 ]
 LENGTHS = (19, 90, 7, 200)  # beyond the windows, which are of 16 tokens
 OF_IMAGES = ("vision_tower", "multi_modal_projector", "visual")
@@ -50,20 +53,28 @@ def test_a_run_equals_peft_in_the_whole_model(tmp_path: Path, kind: str, layout:
     assert isinstance(trainer.decoder, Decoder)
     assert trainer.decoder.weights.tied == (kind == "gemma3")
     state = trainer.create(spec())
-    model = load_in_peft(
-        state, tmp_path / "model", tmp_path / "adapter", trainable=True, auto=AutoModelForImageTextToText
-    )
+    model = load_whole(state, tmp_path, "adapter", trainable=True)
     model.eval()  # Gemma's training mode asks for the types of tokens
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trainable) == state.layout.numel  # none in the layers of images
+    if not trainer.decoder.config.has_experts:  # of experts PEFT keeps zeros, too
+        assert sum(p.numel() for p in trainable) == state.layout.numel  # none in the layers of images
     rng = np.random.default_rng(5)
     state = expect_equal_steps(trainer, state, model, ("cross_entropy", "importance_sampling"), LENGTHS, rng)
     expect_merged(trainer, state, tmp_path, datum(90, "importance_sampling", rng))
 
 
+def load_whole(state: RunState, at: Path, name: str, *, trainable: bool = False) -> torch.nn.Module:
+    """PEFT joins the pairs of experts in a model of text, and not in one that has such a model as a part."""
+    mixed = any(target.experts for target in state.layout.lora_targets)
+    with pytest.warns(UserWarning, match="missing adapter keys.*experts") if mixed else nullcontext():
+        model = load_in_peft(state, at / "model", at / name, trainable=trainable, auto=AutoModelForImageTextToText)
+    peft_experts.fill(model, state.layout.matrices(state.weights_P))
+    return model
+
+
 def expect_merged(trainer: Trainer, state: Any, at: Path, example: Any) -> None:
     _, output = done(trainer.forward_backward(state, request([example], "importance_sampling")))
-    moved: Any = load_in_peft(state, at / "model", at / "moved", auto=AutoModelForImageTextToText)
+    moved: Any = load_whole(state, at, "moved")
     merged = moved.merge_and_unload().eval()
     with torch.no_grad():
         logprobs = plain_logprobs(merged, example)
@@ -212,4 +223,24 @@ def test_tensors_of_no_known_part_are_refused(tmp_path: Path, stored: str, compl
     with safe_open(path, "pt") as file:
         assert stored in file.keys()  # noqa: SIM118  it is no mapping
     with pytest.raises(weight_files.BrokenModel, match=complaint):
+        loader.load(directory)
+
+
+def test_experts_in_one_tensor_are_those_one_by_one(tmp_path: Path) -> None:
+    """Published files have them joined, and files of transformers' text models one by one."""
+    directory = strange_model(tmp_path, "qwen3_5_moe")
+    expected, path = logits(directory), directory / "model.safetensors"
+    tensors, at = load_file(path), "model.layers.0.mlp.experts"
+    each = [{side: tensors.pop(f"{at}.{n}.{side}_proj.weight") for side in ("gate", "up", "down")} for n in range(6)]
+    joined = {
+        f"{at}.gate_up_proj": torch.stack([torch.cat([one["gate"], one["up"]]) for one in each]),
+        f"{at}.down_proj": torch.stack([one["down"] for one in each]),
+    }
+    save_file({**tensors, **joined}, path, {"format": "pt"})
+    assert torch.equal(expected, logits(directory))
+    save_file({**tensors, **joined, f"{at}.down_proj": joined[f"{at}.down_proj"][:5]}, path, {"format": "pt"})
+    with pytest.raises(weight_files.BrokenModel, match=r"down_proj is \[5, 64, 48\]; .* makes it \[6, 64, 48\]"):
+        loader.load(directory)
+    save_file({**tensors, **joined, f"{at}.0.up_proj.weight": each[0]["up"]}, path, {"format": "pt"})
+    with pytest.raises(weight_files.BrokenModel, match=r"does not have: model.layers.0.mlp.experts.0.up_proj"):
         loader.load(directory)

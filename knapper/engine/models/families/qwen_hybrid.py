@@ -3,10 +3,11 @@
 In those with experts a linear of a row weights what the shared one gives.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from knapper.engine.models.architecture import OPTIONS, Architecture, MixtureRule, NormRule, RecurrentLayers
+from knapper.engine.models.architecture import OPTIONS, Architecture, MixtureRule, NormRule, RecurrentLayers, always
 from knapper.engine.models.composite import Composite
 from knapper.engine.models.families.qwen import dense, unreadable_layers
 from knapper.engine.models.fields import Raw, UnsupportedModel, size
@@ -71,6 +72,8 @@ _DESCRIBED: Final = "layers of the gated delta rule in place of most attention"
 _NORM: Final = NormRule(wide=True, offset=1.0)
 _ROPE: Final = RopeRule(partial=0.25)
 _NAMES: Final = MixtureNames(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate")
+_JOINED: Final = replace(_NAMES, joined=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+_SHARED_WIDTH: Final = "shared_expert_intermediate_size"
 
 ARCHITECTURES: Final = (
     Architecture(
@@ -85,6 +88,18 @@ ARCHITECTURES: Final = (
         head_dim=256,
     ),
     Architecture(
+        "qwen3_5_moe_text",
+        "the text part of Qwen 3.5 and its successors, with experts",
+        qk_norm="head",
+        gated_attention=True,
+        norm=_NORM,
+        rope=_ROPE,
+        recurrent=RecurrentLayers(_mixer, GatedDelta(1, 1, 1, 1, 1), _DESCRIBED),
+        mixture=MixtureRule(always, shared_width=_SHARED_WIDTH, names=_JOINED),
+        refused=(*OPTIONS, _other_gates),
+        head_dim=256,
+    ),
+    Architecture(
         "qwen3_next",
         "Qwen3-Next 80B-A3B",
         qk_norm="head",
@@ -92,9 +107,7 @@ ARCHITECTURES: Final = (
         norm=_NORM,
         rope=_ROPE,
         recurrent=RecurrentLayers(_fused_mixer, GatedDelta(1, 1, 1, 1, 1, fused=True), _DESCRIBED),
-        mixture=MixtureRule(
-            _by_norm_topk_prob, shared_width="shared_expert_intermediate_size", dense=_dense, names=_NAMES
-        ),
+        mixture=MixtureRule(_by_norm_topk_prob, shared_width=_SHARED_WIDTH, dense=_dense, names=_NAMES),
         refused=(*OPTIONS, _other_gates, unreadable_layers),
         head_dim=256,
     ),
@@ -105,5 +118,10 @@ COMPOSITES: Final = (
         "qwen3_5",
         "Qwen 3.5 and its successors, dense: 0.8B, 2B, 4B, 9B, 27B",
         {"qwen3_5_text": "qwen3_5_text", None: "qwen3_5_text"},
+    ),
+    Composite(
+        "qwen3_5_moe",
+        "Qwen 3.5 and its successors with experts, as 35B-A3B",
+        {"qwen3_5_moe_text": "qwen3_5_moe_text", None: "qwen3_5_moe_text"},
     ),
 )
