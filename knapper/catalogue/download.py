@@ -139,13 +139,12 @@ def _ask_hub(name: str) -> str | None:
 def _download_from_hub(name: str, directory: Path, patterns: list[str]) -> None:
     """Raises Unavailable if it breaks off."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from knapper.catalogue.hub_errors import NO_ANSWER
+    from knapper.catalogue.hub_errors import BROKEN_OFF
 
     try:
         snapshot_download(name, local_dir=directory, allow_patterns=patterns, etag_timeout=_hub_answer_s)
-    except (*NO_ANSWER, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except BROKEN_OFF as error:
         raise Unavailable(f"model {name!r}: the download broke off ({error}); start it again") from error
     shutil.rmtree(directory / ".cache", ignore_errors=True)  # the hub's bookkeeping, of no use here
 

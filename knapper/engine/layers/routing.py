@@ -51,7 +51,7 @@ def _by_groups(scores_NE: Tensor, correction_E: Tensor, routing: Routing, groups
 
 
 @dataclass(frozen=True)
-class Span:
+class ExpertSpan:
     """Slots [start, stop): rows of one expert and of one adapter, by its place in the pass's; None: the base model."""
 
     expert: int
@@ -86,23 +86,23 @@ class Dispatch:
         return torch.empty_like(slots_S).scatter_(0, self.order_S, slots_S)
 
     @cached_property
-    def spans(self) -> tuple[Span, ...]:
+    def spans(self) -> tuple[ExpertSpan, ...]:
         """Those with rows, in the slots' order. This waits for the device."""
         groups, counts = self.keys_S.unique_consecutive(return_counts=True)
         stops = counts.cumsum(0)
         return tuple(
-            Span(key // (self.adapters + 1), None if (place := key % (self.adapters + 1)) == self.adapters else place,
+            ExpertSpan(key // (self.adapters + 1), None if (place := key % (self.adapters + 1)) == self.adapters else place,
                  stop - count, stop)
             for key, count, stop in zip(groups.tolist(), counts.tolist(), stops.tolist(), strict=True)
         )  # fmt: skip
 
     @cached_property
-    def expert_spans(self) -> tuple[Span, ...]:
+    def expert_spans(self) -> tuple[ExpertSpan, ...]:
         """The slots of each expert that has any, whatever their adapters."""
-        found: list[Span] = []
+        found: list[ExpertSpan] = []
         for span in self.spans:
             start = found.pop().start if found and found[-1].expert == span.expert else span.start
-            found.append(Span(span.expert, None, start, span.stop))
+            found.append(ExpertSpan(span.expert, None, start, span.stop))
         return tuple(found)
 
     def ends(self, width: int) -> Tensor:

@@ -58,7 +58,10 @@ def test_three_optimizer_steps_equal_those_of_peft(tmp_path: Path, kind: str) ->
 
 @pytest.mark.parametrize("kind", NATIVE)
 def test_a_run_in_bfloat16_moves_as_in_float32(tmp_path: Path, kind: str) -> None:
-    """To bfloat16's rounding; tests/engine/test_peft_parity.py compares some of them with PEFT's."""
+    """To bfloat16's rounding; tests/engine/test_peft_parity.py compares some of them with PEFT's.
+
+    By rounding alone a row takes another of two experts that are nearly alike to its router.
+    """
     logprobs = []
     for dtype in (torch.float32, torch.bfloat16):
         trainer = tiny_trainer(tmp_path / "model", kind, dtype)
@@ -68,7 +71,7 @@ def test_a_run_in_bfloat16_moves_as_in_float32(tmp_path: Path, kind: str) -> Non
         state, _ = done(trainer.optim_step(state, AdamW(learning_rate=1e-3)))
         state, output = done(trainer.forward_backward(state, request(data)))
         logprobs.append(np.concatenate([one["logprobs"] for one in output.outputs]))
-    assert np.abs(logprobs[0] - logprobs[1]).mean() < 0.05
+    assert np.abs(logprobs[0] - logprobs[1]).mean() < (0.1 if kind in MIXTURES else 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
