@@ -90,11 +90,11 @@ class Dispatch:
         """Those with rows, in the slots' order. This waits for the device."""
         groups, counts = self.keys_S.unique_consecutive(return_counts=True)
         stops = counts.cumsum(0)
-        return tuple(
-            ExpertSpan(key // (self.adapters + 1), None if (place := key % (self.adapters + 1)) == self.adapters else place,
-                 stop - count, stop)
-            for key, count, stop in zip(groups.tolist(), counts.tolist(), stops.tolist(), strict=True)
-        )  # fmt: skip
+        found: list[ExpertSpan] = []
+        for key, count, stop in zip(groups.tolist(), counts.tolist(), stops.tolist(), strict=True):
+            expert, place = divmod(key, self.adapters + 1)
+            found.append(ExpertSpan(expert, None if place == self.adapters else place, stop - count, stop))
+        return tuple(found)
 
     @cached_property
     def expert_spans(self) -> tuple[ExpertSpan, ...]:
