@@ -325,8 +325,8 @@ def test_wrong_weight_files_are_refused_by_name(tmp_path: Path) -> None:
     ("change", "complaint"),
     [
         (
-            {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]},
-            "DeepseekV3ForCausalLM.*llama, mistral, .*qwen2, qwen3",
+            {"model_type": "falcon", "architectures": ["FalconForCausalLM"]},
+            "FalconForCausalLM.*llama, mistral, .*qwen2, qwen3",
         ),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "much"}}, "factor is 'much'"),

@@ -180,7 +180,10 @@ def test_saves_and_snapshots_come_back_bit_for_bit(tmp_path: Path, kind: str, ta
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_pass_equals_that_of_peft(tmp_path: Path, kind: str) -> None:
-    """Log-probabilities and gradients, beyond windows; test_peft_parity has longer runs of some."""
+    """Log-probabilities and gradients, beyond windows; test_peft_parity has longer runs of some.
+
+    By rounding alone gradients part by up to 1.1e-5 (a Gemma 4 with AVX2).
+    """
     trainer, rng = tiny_trainer(tmp_path / "model", kind), np.random.default_rng(5)
     state = trained(trainer, train_unembed=True)
     model = load_in_peft(state, tmp_path / "model", tmp_path / "adapter", trainable=True)
@@ -192,7 +195,7 @@ def test_a_pass_equals_that_of_peft(tmp_path: Path, kind: str) -> None:
         np.testing.assert_allclose(found["logprobs"], p.detach().numpy(), atol=1e-5, rtol=1e-5)
     gradient_P = arena(state, model, lambda p: p.grad)
     assert after.grads_P is not None
-    assert (after.grads_P - gradient_P).norm() < 1e-5 * gradient_P.norm()
+    assert (after.grads_P - gradient_P).norm() < 3e-5 * gradient_P.norm()
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
