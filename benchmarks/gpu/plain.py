@@ -138,7 +138,7 @@ def _random(rig: Rig) -> Any:
     dtype = torch.float32 if rig.device_now.type == "cpu" else torch.bfloat16
     config = AutoConfig.for_model(**{name: value for name, value in rig.sizes.model.items() if name != "architectures"})
     with torch.device(rig.device_now):
-        base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]  # nor here
+        base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]  # the library has no types here
         lora = LoraConfig(r=rig.sizes.rank, lora_alpha=32, target_modules=_LINEARS)
         model = get_peft_model(base, lora, adapter_name="run0")
         for number in range(1, len(rig.sizes.small_tenants)):

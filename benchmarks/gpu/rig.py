@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,7 +129,7 @@ class Rig:
     def step(self, states: Sequence[RunState], data: Sequence[Sequence[Datum]]) -> list[RunState]:
         """forward_backward of every run, in shared passes, and an optimizer step of each."""
         futures = [
-            self.scheduler.submit(state, lambda of_run=of_run, run=state.spec.run: request(of_run, run))  # type: ignore[misc]  # a default binds it
+            self.scheduler.submit(state, partial(request, of_run, state.spec.run))
             for state, of_run in zip(states, data, strict=True)
         ]
         after = [future.result()[0] for future in futures]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from benchmarks.gpu.rig import ADAM, Rig, noted, rate, request, texts
 from benchmarks.gpu.work import peak_of, training_flops
 from knapper.engine import checkpoint_format
 from knapper.engine.models.config import ModelConfig
+from knapper.wire.types import Datum
 
 _SECTION = "training"
 
@@ -59,9 +61,9 @@ def _twice(rig: Rig) -> Figure:
     data, other = texts(rig.sizes.packed, 0), texts(rig.sizes.ragged, 1)
     states = [rig.state(seed) for seed in range(2)]
 
-    def gradient(*each: list) -> torch.Tensor:  # type: ignore[type-arg]  # of datums
+    def gradient(*each: list[Datum]) -> torch.Tensor:
         futures = [
-            rig.scheduler.submit(state, lambda one=one, run=state.spec.run: request(one, run))  # type: ignore[misc]  # a default binds it
+            rig.scheduler.submit(state, partial(request, one, state.spec.run))
             for state, one in zip(states, each, strict=False)
         ]
         first, *_ = (future.result()[0] for future in futures)
@@ -87,7 +89,7 @@ def kept(rig: Rig) -> Iterator[Figure]:
         "freeze for a snapshot": lambda: checkpoint_format.freeze(state),
     }
     for name, work in works.items():
-        yield _ms(name, rig.median_s(lambda work=work: rig.done(work)))  # type: ignore[misc]  # a default binds it
+        yield _ms(name, rig.median_s(partial(rig.done, work)))
     yield _ms("handed to a sampler on the device", rig.median_s(lambda: rig.adapter(state)))
 
 

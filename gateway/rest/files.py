@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from gateway import ranges
 from gateway.rest import responses
 from gateway.rest.checkpoints import path_of
+from gateway.rest.weights import index_of
 from gateway.services import services_of
 from gateway.tenants import tenant_of
 from knapper.errors import NotFound, UserError
@@ -48,10 +49,7 @@ async def _readable(request: Request) -> tuple[Checkpoint, Index]:
             f"checkpoint {checkpoint.path} is encrypted for its recipients (age_encryption_recipients); allowed: "
             "get_external_weights_urls, or `tinker checkpoint download`"
         )
-    index = await bundles.read_index(gateway.store, checkpoint.bundle)
-    if index is None:
-        raise UserError(f"checkpoint {checkpoint.path} has no files any more; use another one")
-    return checkpoint, index
+    return checkpoint, await index_of(gateway, checkpoint)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ async def weights_info(request: Request) -> Response:
     gateway, tenant = services_of(request), tenant_of(request)
     query = json.decode(await bodies.read(request), rest.WeightsInfo)
     checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(query.tinker_path, "tinker_path"), tenant)
-    spec = (await _index(gateway, checkpoint)).spec
+    spec = (await index_of(gateway, checkpoint)).spec
     info = {
         "base_model": checkpoint.base_model,
         "optimizer_config": {"type": "adamw"},
@@ -54,7 +54,7 @@ async def copy_weights(request: Request) -> Response:
     expect_no_access_token(order.weights_access_token or request.headers.get("x-tinker-weights-access-token"))
     path = TinkerPath.parse(order.source_path, "source_path")
     source = await gateway.checkpoints.resolve(path, tenant)
-    spec = (await _index(gateway, source)).spec
+    spec = (await index_of(gateway, source)).spec
     run = order.run()
     if run is None:
         key = request.headers.get("x-idempotency-key") or gateway.new_id()
@@ -107,7 +107,7 @@ async def external_weights_urls(request: Request) -> Response:
     if path.kind != "external_weights":
         raise InvalidField("checkpoint_id", f"{path.kind}/{path.name}", "external_weights/<name>")
     checkpoint = await gateway.checkpoints.resolve(path, tenant)
-    index = await _index(gateway, checkpoint)
+    index = await index_of(gateway, checkpoint)
     await gateway.audit.read(tenant, checkpoint.path, "download")
     expires_at = gateway.clock() + limits.link_s
     urls = {}
@@ -126,7 +126,7 @@ async def file_of(gateway: Services, link: Link) -> Response:
     Files are encrypted here and not when saved: encryption is not deterministic, and a repeated save must be.
     """
     checkpoint = await gateway.checkpoints.resolve(TinkerPath.parse(link.subject), link.tenant)
-    index = await _index(gateway, checkpoint)
+    index = await index_of(gateway, checkpoint)
     if checkpoint.bundle != link.bundle:
         raise UserError(f"checkpoint {link.subject} was saved anew since this link was made; ask for a new one")
     content = await bundles.read_part(gateway.store, checkpoint.bundle, index, link.part)
@@ -148,7 +148,8 @@ def _name(checkpoint: Checkpoint, part: str) -> str:
     return part + encryption.SUFFIX if checkpoint.recipients else part
 
 
-async def _index(gateway: Services, checkpoint: Checkpoint) -> Index:
+async def index_of(gateway: Services, checkpoint: Checkpoint) -> Index:
+    """The checkpoint's files. Raises UserError if they are gone."""
     index = await bundles.read_index(gateway.store, checkpoint.bundle)
     if index is None:
         raise UserError(f"checkpoint {checkpoint.path} has no files any more; use another one")
