@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -34,10 +35,12 @@ async def get_file(request: Request) -> Response:
     if part is None:
         names = ", ".join(part.name for part in index.parts)
         raise NotFound(f"checkpoint {checkpoint.path} has no file {name[:80]!r}; there are: {names}")
-    gateway = services_of(request)
-    await gateway.audit.read(tenant_of(request), checkpoint.path, "download")
-    content = await bundles.read_part(gateway.store, checkpoint.bundle, index, name)
-    return ranges.respond(request, _Read(part, content, checkpoint.saved_at), name)
+    gateway, file = services_of(request), _Verified(part, checkpoint.saved_at)
+    answer = ranges.respond(request, file, name)
+    if answer.status_code in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+        await gateway.audit.read(tenant_of(request), checkpoint.path, "download")
+        file.content = await bundles.read_part(gateway.store, checkpoint.bundle, index, name)
+    return answer
 
 
 async def _readable(request: Request) -> tuple[Checkpoint, Index]:
@@ -52,13 +55,13 @@ async def _readable(request: Request) -> tuple[Checkpoint, Index]:
     return checkpoint, await index_of(gateway, checkpoint)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A file that has been read and verified, as `ranges` takes it."""
+@dataclass
+class _Verified:
+    """A file as `ranges` takes it. `content`: all of it, verified before the first byte is sent."""
 
     part: Part
-    content: bytes
     modified_at: float
+    content: bytes = b""
 
     @property
     def entry(self) -> ListedObject:

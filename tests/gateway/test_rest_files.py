@@ -38,6 +38,16 @@ def test_a_download_resumes_where_it_broke_off(running: Running) -> None:
     assert (other.status_code, other.content) == (200, content)
 
 
+def test_a_file_of_which_nothing_is_sent_is_not_read(running: Running) -> None:
+    path = saved.save(running, running.make_run(), "a")
+    tag = f'"{hashlib.sha256(saved.FILES[NAME]).hexdigest()}"'
+    checkpoint = running.run(Checkpoints(running.store, running.parts.clock).resolve(TinkerPath.parse(path), "local"))
+    running.run(running.store.delete(checkpoint.bundle + NAME))
+    for headers, status in (({"If-None-Match": tag}, 304), ({"Range": "bytes=99999999-"}, 416)):
+        assert running.http.get(url(path, f"/files/{NAME}"), headers=headers).status_code == status
+    assert "is missing" in running.http.get(url(path, f"/files/{NAME}")).json()["detail"], "no bytes of a damaged one"
+
+
 def test_files_need_the_owner_or_a_public_checkpoint(running: Running) -> None:
     run = saved.others_run(running)
     private = saved.save(running, run, "private", tenant=saved.OTHER)
