@@ -15,11 +15,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from knapper.engine.models import weight_files
+from knapper.engine.models.fields import read_json
 from knapper.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _SIDE: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.default)?\.weight")
+_REPEATS: Final = re.compile(r"[*+{]")
+_REPEATED_GROUP: Final = re.compile(r"\)[*+{]")
+_REPEATS_MAX: Final = 3
 
 # Options of PEFT's LoraConfig that give the matrices another meaning, and the values that leave it.
 _PLAIN: Final[Mapping[str, tuple[object, ...]]] = {
@@ -92,14 +96,9 @@ def read(directory: Path) -> PeftAdapter:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{directory} has no {CONFIG}; a PEFT directory holds it and {WEIGHTS}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{directory / CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{directory / CONFIG} holds {type(config).__name__}; expected a JSON object")
+    config = read_json(directory / CONFIG)
+    if config is None:
+        raise UserError(f"{directory} has no {CONFIG}; a PEFT directory holds it and {WEIGHTS}")
     return config
 
 
@@ -139,8 +138,15 @@ def _pair(directory: Path, module: str, sides: Mapping[str, tuple[str, list[int]
 
 def _promised(directory: Path, field: str, patterns: str, module: str, config: Mapping[str, Any]) -> float:
     """The module's own rank or alpha: of the first pattern that its name ends in, as PEFT matches, or of all."""
-    value = config.get(field)
-    for pattern, own in (config.get(patterns) or {}).items():
+    value, own_values = config.get(field), config.get(patterns) or {}
+    if not isinstance(own_values, dict):
+        raise UserError(f"{directory / CONFIG}: {patterns} is {own_values!r:.120}; expected an object")
+    for pattern, own in own_values.items():
+        if len(_REPEATS.findall(pattern)) > _REPEATS_MAX or _REPEATED_GROUP.search(pattern):
+            raise UserError(
+                f"{directory / CONFIG}: {patterns} has {pattern[:120]!r}; allowed: modules' names, and patterns "
+                f"with at most {_REPEATS_MAX} of * + {{, none behind a group: others may take for ever to match"
+            )
         try:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 value = own
