@@ -70,6 +70,7 @@ loss_inputs_max = 32  # arrays of one datum
 loss_config_keys_max = 64
 unknown_fields_max = 256  # protobuf fields of a request besides its datums
 rank_max = 256
+pattern_repeats_max = 3  # of * + { in a pattern of an imported adapter
 operations_waiting_max = 16384  # accepted and not yet applied, for one run
 operations_ahead_max = 1_000_000  # how far past the newest applied operation a seq_id may be
 age_recipients_max = 10  # of one encrypted export; the same as Tinker's own server

@@ -14,6 +14,7 @@ from typing import Any, Final
 from safetensors import safe_open
 from torch import Tensor
 
+from knapper import limits
 from knapper.engine.models import weight_files
 from knapper.engine.models.fields import read_json
 from knapper.errors import UserError
@@ -23,7 +24,6 @@ _PREFIX: Final = "base_model.model."
 _SIDE: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.default)?\.weight")
 _REPEATS: Final = re.compile(r"[*+{]")
 _REPEATED_GROUP: Final = re.compile(r"\)[*+{]")
-_REPEATS_MAX: Final = 3
 
 # Options of PEFT's LoraConfig that give the matrices another meaning, and the values that leave it.
 _PLAIN: Final[Mapping[str, tuple[object, ...]]] = {
@@ -142,10 +142,11 @@ def _promised(directory: Path, field: str, patterns: str, module: str, config: M
     if not isinstance(own_values, dict):
         raise UserError(f"{directory / CONFIG}: {patterns} is {own_values!r:.120}; expected an object")
     for pattern, own in own_values.items():
-        if len(_REPEATS.findall(pattern)) > _REPEATS_MAX or _REPEATED_GROUP.search(pattern):
+        if len(_REPEATS.findall(pattern)) > limits.pattern_repeats_max or _REPEATED_GROUP.search(pattern):
             raise UserError(
-                f"{directory / CONFIG}: {patterns} has {pattern[:120]!r}; allowed: modules' names, and patterns "
-                f"with at most {_REPEATS_MAX} of * + {{, none behind a group: others may take for ever to match"
+                f"{directory / CONFIG}: {patterns} has {pattern[:120]!r}; allowed: modules' names, and patterns with "
+                f"at most {limits.pattern_repeats_max} of * + {{, none behind a group: others may take for ever to "
+                "match"
             )
         try:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
