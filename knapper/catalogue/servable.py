@@ -25,6 +25,8 @@ from knapper.engine.models.config import (
     is_composite,
 )
 from knapper.engine.models.fields import read_json
+from knapper.engine.models.packed import PackedTensor
+from knapper.engine.models.tensor_header import TensorHeader
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
 from knapper.state.model_record import ModelRecord
@@ -34,11 +36,12 @@ _REFUSED: Final = 3  # knapper.engine.models.preflight's exit status
 _REHEARSAL_S: Final = 300.0  # more than imports take on the slowest disk
 
 
-def expect_files(directory: Path) -> dict[str, weight_files.TensorHeader]:
+def expect_files(directory: Path) -> Mapping[str, TensorHeader | PackedTensor]:
     """The tensors of a directory that can be served, by name. Raises UserError for the first thing that is wrong."""
     try:
         by = expect_config(directory)
         if by == "native":
+            found: Mapping[str, TensorHeader | PackedTensor]
             found = weight_files.expect_promised(directory, ModelConfig.read(directory))
         else:
             found = weight_files.entries(directory)

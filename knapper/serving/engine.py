@@ -192,6 +192,7 @@ def _open_device(settings: Settings, device: torch.device, store: Store) -> tupl
 
 def _log_loaded(settings: Settings, model: Model, terms: Terms, exact: str, took_s: float) -> None:
     left_out = not_served(Path(settings.model_directory))
+    packing = model.config.packing if isinstance(model, Decoder) else None
     log.info(
         "loaded",
         model=settings.model,
@@ -204,6 +205,7 @@ def _log_loaded(settings: Settings, model: Model, terms: Terms, exact: str, took
         exact=exact,
         took_s=round(took_s, 2),
         **({"images": left_out} if left_out else {}),
+        **({"unpacked": f"from {packing.method} to {terms.dtype}"} if packing is not None else {}),
     )
 
 

@@ -119,6 +119,18 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "num_mtp_layers": 0,
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_HEADED,
+            **_SLIDING,
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
     "lfm2": (
         "Lfm2Config",
         {
@@ -147,6 +159,7 @@ MIXTURES: Final = (
     "olmoe",
     "mixtral",
     "glm4_moe",
+    "gpt_oss",
     "qwen3_5_moe",
     "qwen3_next",
     "qwen3_next_moe",
@@ -217,13 +230,15 @@ def strange_model(directory: Path, kind: str, *, seed: int = 0, **changes: Any) 
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here
         for name, parameter in model.named_parameters():  # every layer matters, more than the token itself
-            if parameter.dim() > 2:  # a convolution's
+            if name.endswith("_bias"):  # of experts
+                torch.nn.init.normal_(parameter, std=0.1)
+            elif parameter.dim() > 2:  # a convolution's
                 torch.nn.init.normal_(parameter, std=0.5)
             elif parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.08 if "embed" in name else 1.5 * 64**-0.5)
             elif name.endswith("A_log"):  # so that memories decay over a few rows and over many
                 torch.nn.init.normal_(parameter, mean=-2.5, std=1.5)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.1)
             elif kind in NATIVE:  # a norm's, around its neutral value
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)

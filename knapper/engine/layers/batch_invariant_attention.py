@@ -11,7 +11,7 @@ For that, every operation is a float32 GEMM or elementwise:
 B sequences, T tokens, C keys, M rows, H heads, G key/value heads, Q heads a key/value head, D head elements.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -50,7 +50,8 @@ def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: T
     products = torch.bmm(q_NGMD.flatten(0, 1), keys_NGCD.flatten(0, 1).transpose(1, 2))
     _cap_(products, scores)
     products.view(sequences, groups, rows, -1)[:, :, :queries].add_(bias_N11C)
-    return _weighted_(products, values_NGCD.flatten(0, 1), queries)[0].view(sequences, groups, queries, width)
+    sinks_XR1 = _sinks(scores, (sequences, groups, queries, 1))
+    return _weighted_(products, values_NGCD.flatten(0, 1), queries, sinks_XR1)[0].view(q_NGQD.shape)
 
 
 @torch.inference_mode()
@@ -88,7 +89,7 @@ def is_invariant(
 
 class _Causal(torch.autograd.Function):
     """The gradient is the library's own attention's, which needs only our outputs and normalisers; of windows and caps,
-    which that lacks, it is `_backward`.
+    which that lacks, it is `_backward`. A sink has no value: it is in the normalisers, and in nothing else.
     """
 
     @staticmethod
@@ -162,8 +163,9 @@ def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: ScoreRule) 
         q_XMD = q_BGQTD[chunk, :, :, of_rows].flatten(0, 1).flatten(1, 2)
         products_XMC = _scored(q_XMD, keys_BGCD[chunk, :, of_keys].flatten(0, 1), block, scores)
         values_XCD = values_BGCD[chunk, :, of_keys].flatten(0, 1)
-        chunk_outputs, top, sums = _weighted_(products_XMC, values_XCD, products_XMC.shape[1])
         here = outputs[chunk, :, :, of_rows]
+        sinks_XM1 = _sinks(scores, here.shape[:-1])
+        chunk_outputs, top, sums = _weighted_(products_XMC, values_XCD, products_XMC.shape[1], sinks_XM1)
         here.copy_(chunk_outputs.view(here.shape))
         normalisers[chunk, :, :, of_rows] = (top + sums.log()).view(here.shape[:-1])
     return outputs[:, :, :, :tokens].flatten(1, 2), normalisers[..., :tokens].flatten(1, 2)
@@ -231,19 +233,31 @@ def _cap_(products: Tensor, scores: ScoreRule) -> None:
         products.div_(scores.cap).tanh_().mul_(scores.cap)
 
 
+def _sinks(scores: ScoreRule, shape: Sequence[int]) -> Tensor | None:
+    """Each row's, for products of (B, G, Q, rows): (B * G, Q * rows, 1)."""
+    if scores.sinks_H is None:
+        return None
+    sinks_GQ1 = scores.sinks_H.view(shape[1], shape[2], 1)
+    return sinks_GQ1.expand(*shape).reshape(shape[0] * shape[1], -1, 1)
+
+
 def _whole_blocks(keys: int) -> int:
     return keys + -keys % KEYS
 
 
-def _weighted_(scores_XMC: Tensor, values_XCD: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _weighted_(
+    scores_XMC: Tensor, values_XCD: Tensor, rows: int, sinks_XR1: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of the first `rows` rows: values weighted by the scores' softmax, maxima, and sums of exponentials.
 
     Overwrites the scores.
     """
     p_XRC = scores_XMC[:, :rows]
     top = p_XRC.amax(-1, keepdim=True)
+    top = top if sinks_XR1 is None else torch.maximum(top, sinks_XR1)
     sums = p_XRC.sub_(top).exp_().unflatten(-1, (-1, KEYS)).sum(-1)
     sums = sums if sums.shape[-1] == 1 else sums.cumsum(-1)[..., -1:]
+    sums = sums if sinks_XR1 is None else sums + (sinks_XR1 - top).exp()
     parts = zip(scores_XMC.split(KEYS, dim=-1), values_XCD.split(KEYS, dim=1), strict=True)
     outputs = torch.bmm(*next(parts))
     for part in parts:

@@ -15,6 +15,7 @@ from knapper.engine.models.gaps import MISSING
 from knapper.engine.models.layer import Layer, Recurrent, SelfAttention
 from knapper.engine.models.linear_shape import Part, expert_names
 from knapper.engine.models.mlp import Mixture
+from knapper.engine.models.packed import Packing, refusal
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
 from knapper.errors import NotFound, UserError
 
@@ -28,7 +29,7 @@ class LoraTarget:
     `peft_target` its name in PEFT's target_modules. `experts`: it is so many linears, each with a pair of its own, and
     `module` has {} for an expert's number. `peft_parameter`: its weight's name in PEFT's target_parameters, for one
     that is not in target_modules: of a mixture PEFT takes the short name of an MLP's linears for that of the experts',
-    and of some types it does not know that their experts are joined.
+    and of some types it does not know that their experts are joined. `whole`: `module` names all experts, as PEFT does.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LoraTarget:
     peft_target: str
     experts: int | None = None
     peft_parameter: str = ""
+    whole: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -81,7 +83,8 @@ class ModelConfig:
 
     `embedding_scale` multiplies embeddings, `logits_scale` logits; `logits_cap`: l becomes cap tanh(l / cap).
     `body`: the decoder's place in transformers' model; `final_norm`: the last norm's, in a model of text alone.
-    `extra_layers`: that the file may have behind these, to predict further tokens; they are left out.
+    `extra_layers`: that the file may have behind these, to predict further tokens; they are left out. `packing`: how
+    the files have weights in few bits; None: they have none.
     """
 
     model_type: str
@@ -99,6 +102,7 @@ class ModelConfig:
     body: str = "model"
     final_norm: str = "model.norm"
     extra_layers: int = 0
+    packing: Packing | None = None
 
     @cached_property
     def lora_targets(self) -> tuple[LoraTarget, ...]:
@@ -114,6 +118,7 @@ class ModelConfig:
                 shape.experts,
                 peft_parameter=shape.joined
                 or (f"{shape.module}.weight" if mixed and shape.part == "mlp" and not shape.experts else ""),
+                whole=shape.whole,
             )
             for index, layer in enumerate(self.layers)
             for shape in layer.linears(self.hidden)
@@ -198,6 +203,7 @@ class ModelConfig:
             logits_scale=1 / architecture.logits(raw, path),
             logits_cap=architecture.cap(raw, path),
             extra_layers=architecture.extra_layers(raw, path),
+            packing=Packing.read(raw, path),
         )
 
 
@@ -228,13 +234,16 @@ def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
 
 
 def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
-    """Raises UnsupportedModel unless it is a decoder-only text model with weights in floating point, UnsupportedText
+    """Raises UnsupportedModel unless it is a decoder-only text model with weights that can be read, UnsupportedText
     for one that is known to be computed in part only.
     """
     _expect_whole(raw, directory)
+    native = raw.get("model_type") in ARCHITECTURES or composite_of(raw) is not None
+    packed = raw.get("quantization_config") is not None and not native
+    quantized = refusal(raw) or ("quantized weights, which are read of native types alone" if packed else "")
     for refused, reason in (
         (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
-        (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
+        (bool(quantized), f"it has {quantized}; use the unquantized model"),
         (
             composite_of(raw) is None and ("vision_config" in raw or "audio_config" in raw),
             "it takes more than text; use its text-only model",

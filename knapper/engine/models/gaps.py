@@ -13,7 +13,6 @@ MISSING: Final[Mapping[str, str]] = {
     "deepseek_v3": f"{_LATENT} and weights in fp8",
     "deepseek_v4": "attention over compressed keys",
     "glm_moe_dsa": f"{_LATENT} over keys that an index chooses",
-    "gpt_oss": "attention with sinks, experts with biases and clamped activations, and weights in mxfp4",
     "kimi_k2": f"{_LATENT}, and experts in four bits",
     "kimi_k25": f"{_LATENT}, and experts in four bits",
     "lfm2_moe": "experts in place of MLPs, beside its convolutions",

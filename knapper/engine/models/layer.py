@@ -6,12 +6,15 @@ A layer is a mixer of rows and an MLP (`mlp`), each between norms. Mixers: `Self
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
 
 from knapper.engine.models.linear_shape import LinearShape, Shape
 from knapper.engine.models.mlp import GatedMlp, Mixture
 from knapper.engine.models.rotary import Rope
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QkNorm = Literal["head", "width"]
 CHUNK_ROWS: Final = 32  # of the delta rule: fewer take more steps over its memory, more a larger state
@@ -22,19 +25,23 @@ class ScoreRule:
     """How keys are weighted: the softmax of `scale` q k, over the last `window` keys (the row's own is one; None: all).
 
     `cap`: s becomes cap tanh(s / cap) before the softmax. Source: Gemma 2, arXiv 2408.00118, section 2.
+    `sinks_H`: a score of each head, float32, that takes its part of the softmax and has no value; None until the
+    weights are loaded, and in layers without `SelfAttention.sinks`. Source: arXiv 2309.17453, section 3.3.
     """
 
     scale: float
     window: int | None = None
     cap: float | None = None
+    sinks_H: "Tensor | None" = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class SelfAttention:
     """Causal attention. `rope`: None leaves queries and keys unrotated. `qk_norm`: an RMS norm of queries and keys
     before rotation, by head or over all heads at once. `fused`: the file has q, k and v as one linear, with one
-    adapter. `gated`: beside its queries each head has a gate, whose sigmoid multiplies its output. `output_name`,
-    `norm_names`: the modules of the output and of the norms.
+    adapter. `gated`: beside its queries each head has a gate, whose sigmoid multiplies its output. `sinks`: each head
+    has a frozen score beside those of its keys. `output_name`, `norm_names`: the modules of the output and of the
+    norms.
     """
 
     heads: int
@@ -47,6 +54,7 @@ class SelfAttention:
     output_bias: bool = False
     fused: bool = False
     gated: bool = False
+    sinks: bool = False
     output_name: str = "o_proj"
     norm_names: tuple[str, str] = ("q_norm", "k_norm")
 
@@ -90,7 +98,7 @@ class SelfAttention:
 
     def tensors(self, hidden: int) -> Mapping[str, Shape]:  # noqa: ARG002  as of other mixers
         """Name and shape of what is neither a linear nor a norm."""
-        return {}
+        return {"self_attn.sinks": (self.heads,)} if self.sinks else {}
 
     def numbers_of_row(self, hidden: int) -> int:
         """Numbers that a row leaves for the backward pass, beside most of those of the residual's width."""

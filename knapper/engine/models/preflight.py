@@ -45,8 +45,8 @@ def expect_loadable(settings: Settings, device: torch.device, least_bytes: int |
     expect_architecture(directory)
     if any(directory.glob("*.safetensors")):  # none before the download
         bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
-        numbers = sum(header.numbers for header in weight_files.text_entries(directory).values())
-        _expect_memory(settings, device, bytes_each * numbers, planned)
+        needed = weight_files.unpacked_bytes(directory, bytes_each, kept_twice=device.type == "cpu")
+        _expect_memory(settings, device, needed, planned)
 
 
 def _expect_memory(settings: Settings, device: torch.device, needed: int, planned: int) -> None:

@@ -76,4 +76,13 @@ class Attention:
             return batch_invariant_attention.decoded(q_NGQD, keys, values, bias_N11C, scores)
         products = torch.matmul(q_NGQD * scores.scale, keys.transpose(-1, -2))
         capped = products if scores.cap is None else torch.tanh(products.float() / scores.cap) * scores.cap
-        return torch.matmul(capped.add_(bias_N11C).softmax(-1).to(values.dtype), values)
+        return torch.matmul(_softmax(capped.add_(bias_N11C), scores).to(values.dtype), values)
+
+
+def _softmax(products_NGQC: Tensor, scores: ScoreRule) -> Tensor:
+    """Of the keys; a sink takes its part of it."""
+    if scores.sinks_H is None:
+        return products_NGQC.softmax(-1)
+    sequences, groups, queries, _ = products_NGQC.shape
+    sinks_NGQ1 = scores.sinks_H.view(groups, queries, 1).expand(sequences, -1, -1, -1)
+    return torch.cat([products_NGQC, sinks_NGQ1.to(products_NGQC.dtype)], dim=-1).softmax(-1)[..., :-1]

@@ -55,6 +55,8 @@ def _options(config: ModelConfig) -> Iterator[str]:
         yield f"a layer of {_RECURRENT[type(mixer)]}{biased}"
     if windows := sum(mixer.scores.window is not None for mixer in mixers):
         yield f"a window in {'one layer' if windows == 1 else 'both layers'}"
+    if any(mixer.sinks for mixer in mixers):
+        yield "sinks"
     if any(mixer.rope is None for mixer in mixers):
         yield "a layer without positions"
     ropes: list[Rope] = [mixer.rope for mixer in mixers if mixer.rope is not None]

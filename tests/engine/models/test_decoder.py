@@ -18,7 +18,7 @@ from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
-from knapper.engine.models.weight_files import BrokenModel
+from knapper.engine.models.tensor_header import BrokenModel
 from knapper.engine.sampling.kv_cache import Cache, capacity_for
 from knapper.errors import NotFound
 from tests.engine.strange import CONFIGS, strange_model

@@ -15,12 +15,14 @@ from knapper import limits
 from knapper.catalogue.servable import expect_config, expect_libraries
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models import weight_files, weights
-from knapper.engine.models.architecture import Architecture, never
+from knapper.engine.models.architecture import Architecture
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.gaps import MISSING
+from knapper.engine.models.mixture_rule import never
 from knapper.engine.models.registry import ARCHITECTURES
+from knapper.engine.models.tensor_header import BrokenModel
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
 from tests.engine.models import page
@@ -155,7 +157,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
         if fits:
             expect_same_logits(directory)
         else:
-            with pytest.raises(weight_files.BrokenModel, match=r"model\.layers\.3\.eh_proj"):
+            with pytest.raises(BrokenModel, match=r"model\.layers\.3\.eh_proj"):
                 weight_files.expect_promised(directory, ModelConfig.read(directory))
 
 
