@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knapper.engine.layers import activations
+from knapper.engine.layers import elementwise
 from knapper.engine.models.mlp import Groups, Routing
 
 
@@ -22,7 +22,7 @@ def routed(logits_NE: Tensor, routing: Routing, correction_E: Tensor | None = No
     if routing.groups is not None:
         assert correction_E is not None
         weights_NK, experts_NK = _by_groups(
-            activations.sigmoid(logits_NE.float()), correction_E, routing, routing.groups
+            elementwise.sigmoid(logits_NE.float()), correction_E, routing, routing.groups
         )
     else:
         weights_NK, experts_NK = _by_softmax(logits_NE, routing)
