@@ -12,10 +12,21 @@ from typing import Final
 
 from knapper.engine.models import packed
 from knapper.engine.models.fields import Raw, UnsupportedModel, number, optional, size
-from knapper.engine.models.layer import PRE_NORMS, Layer, Mixer, Norms, QkNorm, Recurrent, ScoreRule, SelfAttention
-from knapper.engine.models.mixture_rule import Bias, Layers, MixtureRule, always, no_layer
+from knapper.engine.models.layer import (
+    PRE_NORMS,
+    Attention,
+    LatentAttention,
+    Layer,
+    Mixer,
+    Norms,
+    QkNorm,
+    Recurrent,
+    ScoreRule,
+    SelfAttention,
+)
+from knapper.engine.models.mixture_rule import Bias, Layers, MixtureRule, always, never, no_layer
 from knapper.engine.models.mlp import PLAIN_MLP, Activation, GatedMlp, Mixture, Routing
-from knapper.engine.models.rotary import FULL, SLIDING, LayerType, RopeRule, served_context
+from knapper.engine.models.rotary import FULL, SLIDING, LayerType, Rope, RopeRule, served_context
 
 Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
 ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -166,6 +177,7 @@ class Architecture:
     mixture: MixtureRule | None = None
     gated_attention: bool = False
     sinks: bool = False
+    latent: Callable[[Raw, Path], LatentAttention] | None = None
     norms: Norms = PRE_NORMS
     norm: NormRule = PLAIN_NORM
     windows: Windows = NO_WINDOWS
@@ -189,6 +201,7 @@ class Architecture:
     head_dim: int | None = None
     rms_eps: float = 1e-6
     tied: bool = False
+    also_named: tuple[str, ...] = ()
 
     def refusal(self, raw: Raw) -> str:
         """The first option of config.json that the decoder does not compute; empty if it computes all."""
@@ -200,7 +213,8 @@ class Architecture:
 
     def context(self, raw: Raw, path: Path) -> int:
         """Tokens of the longest text."""
-        ropes = self.rope.read(raw, path, self._head_dim(raw, path))
+        width = self._head_dim(raw, path) if self.latent is None else self.latent(raw, path).rope_dim
+        ropes = self.rope.read(raw, path, width)
         return served_context(size(raw, "max_position_embeddings", path), raw, ropes, path)
 
     def extra_layers(self, raw: Raw, path: Path) -> int:
@@ -227,7 +241,9 @@ class Architecture:
             return self.mixture.read(raw, path, activation)
         return GatedMlp(self.mlp_width(raw, path), activation, self.fused_gate_up, self.names.mlp)
 
-    def _attention(self, raw: Raw, path: Path, index: int) -> SelfAttention:
+    def _attention(self, raw: Raw, path: Path, index: int) -> Attention:
+        if self.latent is not None:
+            return self.latent(raw, path)
         heads = size(raw, "num_attention_heads", path)
         kv_heads = size(raw, "num_key_value_heads", path, heads)
         if heads % kv_heads:
@@ -272,6 +288,7 @@ class Architecture:
             "" if self.recurrent is None else self.recurrent.described: self.recurrent is not None,
             "gated attention": self.gated_attention,
             "attention with sinks": self.sinks,
+            "latent attention": self.latent is not None,
             f"norms of q and k by {self.qk_norm}": self.qk_norm is not None,
             "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
             "norms before and after attention and MLP": self.norms.mixer_output is not None
@@ -292,15 +309,17 @@ class Architecture:
             "scaled scores": self.attention_scale is not None,
             "scaled layers and logits": self.residual is not one,
             "biases on q, k and v": self.qkv_bias is always,
-            "biases on q, k and v by `attention_bias`": self.qkv_bias is by_default,
-            "biases on q, k, v and o by `attention_bias`": self.output_bias is by_option,
+            "biases on q, k and v by `attention_bias`": self.qkv_bias is by_default and self.output_bias is never,
+            "biases on q, k, v and o by `attention_bias`": self.output_bias is not never and self.latent is None,
         }
         return "; ".join(part for part, has in parts.items() if has) or "nothing"
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The linears of its layers that take LoRA, in the adapter's order."""
-        attention = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv, output_name=self.names.output)
+        plain_one = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv, output_name=self.names.output)
+        latent_one = LatentAttention(1, 1, 1, 1, 2, 1, ScoreRule(1.0), Rope(1.0, 2))
+        attention = plain_one if self.latent is None else latent_one
         recurrent = () if self.recurrent is None else self.recurrent.like.linears(1)
         plain = GatedMlp(1, fused=self.fused_gate_up, names=self.names.mlp)
         mlp: GatedMlp | Mixture = plain

@@ -21,7 +21,7 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.recurrence import Convolution
 from knapper.engine.layers.rope import CosSin
 from knapper.engine.layers.routing import Dispatch, combined, routed, spread
-from knapper.engine.models.layer import GatedDelta, SelfAttention
+from knapper.engine.models.layer import GatedDelta, LatentAttention, SelfAttention
 from knapper.engine.models.mlp import Activation, ClampedSwish, GatedMlp, Mixture
 from knapper.engine.models.rotary import Rope
 
@@ -116,6 +116,48 @@ class AttentionBlock:
     @property
     def linears(self) -> tuple[FrozenLinear, ...]:
         return self.qkv.linear, self.o.linear
+
+
+@dataclass(frozen=True)
+class LatentBlock:
+    """`index`: as of `AttentionBlock`. `inputs`: of the residual; `queries` and `keys_values`: of the latents."""
+
+    facts: LatentAttention
+    index: int
+    inputs: Sites
+    queries: Sites | None
+    keys_values: Sites
+    o: Sites
+    q_norm: RmsNorm | None
+    kv_norm: RmsNorm
+
+    def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
+        facts, adapt = self.facts, rows.adapt
+        q, latents = self.inputs(x_NH, adapt)
+        if self.queries is not None and self.q_norm is not None:
+            (q,) = self.queries(self.q_norm(q), adapt)
+        latent, turning = latents.split((facts.kv_rank, facts.rope_dim), dim=1)
+        (kv,) = self.keys_values(self.kv_norm(latent), adapt)
+        q, kv = (x.unflatten(1, (facts.heads, -1)) for x in (q, kv))
+        k, v = kv.split((facts.plain_dim, facts.value_dim), dim=2)
+        q = self._joined(q[..., : facts.plain_dim], q[..., facts.plain_dim :], rows)
+        k = self._joined(k, turning[:, None], rows)
+        o = rows.attend(self.index, *(self._wide(x, rows.attention_dtype) for x in (q, k, v)), scores=facts.scores)
+        o = o.unflatten(1, (facts.heads, -1))[..., : facts.value_dim].flatten(1)
+        return self.o(o.to(x_NH.dtype), adapt)[0]
+
+    def _joined(self, plain_NHD: Tensor, turning_NHD: Tensor, rows: PassRows) -> Tensor:
+        """With the rotated part, which may be one for all heads."""
+        turned = rope.rotated(turning_NHD, rows.cos_sin[self.facts.rope], self.facts.rope)
+        return torch.cat([plain_NHD.float(), turned.expand(-1, self.facts.heads, -1)], dim=2)
+
+    def _wide(self, x_NHD: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.pad(x_NHD.to(dtype), (0, self.facts.head_dim - x_NHD.shape[2]))
+
+    @property
+    def linears(self) -> tuple[FrozenLinear, ...]:
+        inner = () if self.queries is None else (self.queries.linear,)
+        return (self.inputs.linear, *inner, self.keys_values.linear, self.o.linear)
 
 
 @dataclass(frozen=True)
@@ -232,7 +274,7 @@ class DeltaBlock:
 
 
 # The kinds that a layer may have: another is a type of these unions.
-Mixer = AttentionBlock | ConvolutionBlock | DeltaBlock
+Mixer = AttentionBlock | LatentBlock | ConvolutionBlock | DeltaBlock
 Mlp = GatedMlpBlock | MixtureBlock
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from knapper import limits
-from knapper.engine.models.architecture import PLAIN_NORM, NormRule
+from knapper.engine.models.architecture import PLAIN_NORM, Architecture, NormRule
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
 from knapper.engine.models.gaps import MISSING
-from knapper.engine.models.layer import Layer, Recurrent, SelfAttention
+from knapper.engine.models.layer import Attention, Layer, Recurrent
 from knapper.engine.models.linear_shape import Part, expert_names
 from knapper.engine.models.mlp import Mixture
 from knapper.engine.models.packed import Packing, refusal
@@ -141,14 +141,14 @@ class ModelConfig:
         return len(self.attention), *shape
 
     @cached_property
-    def attention(self) -> tuple[SelfAttention, ...]:
+    def attention(self) -> tuple[Attention, ...]:
         """Of the layers that have it; each keeps keys and values of the same shape."""
-        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, SelfAttention))
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention))
 
     @cached_property
     def recurrent(self) -> tuple[Recurrent, ...]:
         """Of the layers that have none: each keeps a state of its own."""
-        return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, SelfAttention))
+        return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention))
 
     @property
     def state_numbers(self) -> int:
@@ -179,7 +179,7 @@ class ModelConfig:
         path = directory / "config.json"
         _expect_few_layers(raw, path)
         _expect_whole(raw, directory)
-        architecture = ARCHITECTURES.get(str(raw.get("model_type")))
+        architecture = architecture_of(raw.get("model_type"))
         if architecture is None:
             names = ", ".join(map(str, listed(raw.get("architectures")))) or "?"
             raise UnsupportedModel(
@@ -205,6 +205,12 @@ class ModelConfig:
             extra_layers=architecture.extra_layers(raw, path),
             packing=Packing.read(raw, path),
         )
+
+
+def architecture_of(model_type: object) -> Architecture | None:
+    """The row of a model_type, or of another name that files have for it."""
+    named = {name: row for row in ARCHITECTURES.values() for name in row.also_named}
+    return ARCHITECTURES.get(str(model_type)) or named.get(str(model_type))
 
 
 def composite_of(raw: Raw) -> Composite | None:
@@ -238,7 +244,7 @@ def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
     for one that is known to be computed in part only.
     """
     _expect_whole(raw, directory)
-    native = raw.get("model_type") in ARCHITECTURES or composite_of(raw) is not None
+    native = architecture_of(raw.get("model_type")) is not None or composite_of(raw) is not None
     packed = raw.get("quantization_config") is not None and not native
     quantized = refusal(raw) or ("quantized weights, which are read of native types alone" if packed else "")
     for refused, reason in (

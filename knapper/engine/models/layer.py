@@ -1,7 +1,7 @@
 """What a layer is made of: the facts from which its adapters' sites, its tensors and its memory follow. Loads no torch.
 
-A layer is a mixer of rows and an MLP (`mlp`), each between norms. Mixers: `SelfAttention`, `ShortConvolution`,
-`GatedDelta`. Another kind is a class that lists its linears, and its computation in `blocks`.
+A layer is a mixer of rows and an MLP (`mlp`), each between norms. Mixers: `SelfAttention`, `LatentAttention`,
+`ShortConvolution`, `GatedDelta`. Another kind is a class that lists its linears, and its computation in `blocks`.
 """
 
 import math
@@ -103,6 +103,84 @@ class SelfAttention:
     def numbers_of_row(self, hidden: int) -> int:
         """Numbers that a row leaves for the backward pass, beside most of those of the residual's width."""
         return (5 if self.gated else 2) * self.q_width + 2 * self.kv_width + hidden
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Causal attention whose queries, keys and values come through narrow layers (MLA): arXiv 2405.04434, section 2.1.
+
+    Of a head's queries and keys `plain_dim` elements are not rotated; the other `rope_dim` of a key are one for all
+    heads. `q_rank`: None: queries come of the residual itself. Keys and values are kept as wide as they are computed
+    with, values and keys equally wide: what one lacks is zeros. `biased`: the linears of the residual and the output.
+    """
+
+    heads: int
+    q_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+    scores: ScoreRule
+    rope: Rope
+    biased: bool = False
+    sinks: bool = False
+
+    @property
+    def state_shapes(self) -> tuple[Shape, ...]:
+        return ()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Of keys and values as they are kept."""
+        return max(self.plain_dim + self.rope_dim, self.value_dim)
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The linears of the residual: queries or what they come of, then what keys and values come of."""
+        queries = ("q_proj", self.q_width) if self.q_rank is None else ("q_a_proj", self.q_rank)
+        latents = "kv_a_proj_with_mqa", self.kv_rank + self.rope_dim
+        return tuple(_latent(name, hidden, width, self.biased) for name, width in (queries, latents))
+
+    def queries(self) -> LinearShape | None:
+        return None if self.q_rank is None else _latent("q_b_proj", self.q_rank, self.q_width)
+
+    def keys_and_values(self) -> LinearShape:
+        return _latent("kv_b_proj", self.kv_rank, self.heads * (self.plain_dim + self.value_dim))
+
+    def output(self, hidden: int) -> LinearShape:
+        return _latent("o_proj", self.heads * self.value_dim, hidden, self.biased)
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        """All, in the order of transformers' modules."""
+        (first, latents), queries = self.inputs(hidden), self.queries()
+        inner = () if queries is None else (queries,)
+        return (first, *inner, latents, self.keys_and_values(), self.output(hidden))
+
+    def norms(self) -> dict[str, int]:
+        of_queries = {} if self.q_rank is None else {"self_attn.q_a_layernorm": self.q_rank}
+        return {**of_queries, "self_attn.kv_a_layernorm": self.kv_rank}
+
+    def tensors(self, hidden: int) -> Mapping[str, Shape]:  # noqa: ARG002  as of other mixers
+        return {}
+
+    def numbers_of_row(self, hidden: int) -> int:
+        latents = (self.q_rank or 0) + self.kv_rank
+        return 4 * self.heads * self.head_dim + self.heads * self.value_dim + 4 * latents + hidden
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * (self.plain_dim + self.rope_dim)
+
+    @property
+    def kv_width(self) -> int:
+        return self.heads * self.head_dim
+
+
+def _latent(name: str, inputs: int, outputs: int, biased: bool = False) -> LinearShape:
+    return LinearShape(f"self_attn.{name}", inputs, outputs, "attention", biased)
 
 
 @dataclass(frozen=True)
@@ -213,7 +291,8 @@ class GatedDelta:
         return 2 * self.conv_width + 6 * self.value_width + hidden
 
 
-Mixer = SelfAttention | ShortConvolution | GatedDelta
+Attention = SelfAttention | LatentAttention  # the mixers that keep keys and values
+Mixer = Attention | ShortConvolution | GatedDelta
 Recurrent = ShortConvolution | GatedDelta  # the mixers with a state of fixed size in place of keys and values
 
 

@@ -165,7 +165,8 @@ class Mixture:
         """Numbers that a row leaves for the backward pass: of each of its experts, and of the router."""
         shared = 0 if self.shared is None else self.shared.numbers_of_row(hidden)
         shared += 0 if self.shared_gate(hidden) is None else hidden + 1  # what it weights, and the weight
-        return self.routing.active * (4 * self.width + 2 * hidden) + 2 * self.routing.experts + shared
+        inner = 7 if isinstance(self.activation, ClampedSwish) else 4  # its gate and up before and after the clamps
+        return self.routing.active * (inner * self.width + 2 * hidden) + 2 * self.routing.experts + shared
 
     def joined(self, hidden: int) -> dict[str, Shape]:
         """Name and shape of the tensors that have the linears of all experts, where files may have such."""

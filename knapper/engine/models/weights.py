@@ -22,6 +22,7 @@ from knapper.engine.models.blocks import (
     DeltaBlock,
     ExpertSites,
     GatedMlpBlock,
+    LatentBlock,
     LayerBlock,
     Mixer,
     MixtureBlock,
@@ -29,7 +30,7 @@ from knapper.engine.models.blocks import (
     Sites,
 )
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import GatedDelta, Layer, SelfAttention, ShortConvolution
+from knapper.engine.models.layer import Attention, GatedDelta, LatentAttention, Layer, SelfAttention, ShortConvolution
 from knapper.engine.models.linear_shape import LinearShape
 from knapper.engine.models.mlp import GatedMlp, Mixture
 from knapper.engine.models.packed import PackedTensor
@@ -38,6 +39,7 @@ from knapper.engine.models.unpack import unpacked
 from knapper.limits import MIB
 
 log = structlog.get_logger()
+_LATENT_EPS: Final = 1e-6  # whatever config.json says of the other norms
 _TELLS: Final = 8  # parts of a long load, each of which the log tells
 _LONG_LOAD: Final = 4 << 30  # of bytes
 
@@ -127,6 +129,8 @@ class _Loader:
         match layer.mixer:
             case SelfAttention() as facts:
                 return self._attention(index, facts)
+            case LatentAttention() as facts:
+                return self._latent(index, facts)
             case ShortConvolution() as facts:
                 return self._convolution(index, facts)
             case GatedDelta() as facts:
@@ -134,8 +138,8 @@ class _Loader:
 
     def _number(self, index: int) -> int:
         """Of a layer, among those before it that keep the same kind of past: keys and values, or a state."""
-        has_attention = isinstance(self.config.layers[index].mixer, SelfAttention)
-        return sum(isinstance(layer.mixer, SelfAttention) == has_attention for layer in self.config.layers[:index])
+        has_attention = isinstance(self.config.layers[index].mixer, Attention)
+        return sum(isinstance(layer.mixer, Attention) == has_attention for layer in self.config.layers[:index])
 
     def _attention(self, index: int, facts: SelfAttention) -> AttentionBlock:
         hidden = self.config.hidden
@@ -146,6 +150,21 @@ class _Loader:
             sinks_H = self._float(index, "self_attn.sinks")
             facts = replace(facts, scores=replace(facts.scores, sinks_H=sinks_H))
         return AttentionBlock(facts, self._number(index), qkv, o, q_norm, k_norm)
+
+    def _latent(self, index: int, facts: LatentAttention) -> LatentBlock:
+        hidden, queries = self.config.hidden, facts.queries()
+        weights = [self.tensor(f"model.layers.{index}.{name}.weight") for name in facts.norms()]
+        norms = [RmsNorm(weight, _LATENT_EPS) for weight in weights]
+        return LatentBlock(
+            facts=facts,
+            index=self._number(index),
+            inputs=self._sites(index, facts.inputs(hidden)),
+            queries=None if queries is None else self._sites(index, [queries]),
+            keys_values=self._sites(index, [facts.keys_and_values()]),
+            o=self._sites(index, [facts.output(hidden)]),
+            q_norm=norms[0] if queries is not None else None,
+            kv_norm=norms[-1],
+        )
 
     def _convolution(self, index: int, facts: ShortConvolution) -> ConvolutionBlock:
         hidden = self.config.hidden

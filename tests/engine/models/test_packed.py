@@ -1,6 +1,8 @@
 """Weights that files have in few bits are those that transformers makes of the same files."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ from knapper.errors import UserError
 from tests.engine.models.test_decoder import decoder_of, tokens_of
 from tests.engine.packed import fp8_model, mxfp4_model
 
-MAKERS = {"mxfp4": mxfp4_model, "fp8": fp8_model}
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "mxfp4": mxfp4_model,
+    "fp8": fp8_model,
+    "fp8 of latents": partial(fp8_model, kind="deepseek_v3"),
+}
 
 
 def logits_of(decoder: Decoder, tokens_N: Tensor) -> Tensor:
