@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from knapper.engine.layers import batch_invariant_attention, gated_delta
+from knapper.engine.layers import gated_delta, paged_attention
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models import weights
 from knapper.engine.models.base import Model
@@ -49,7 +49,7 @@ def load(
         for mixer in set(config.attention):
             sizes = mixer.heads, mixer.kv_heads, mixer.head_dim
             name = f"attention {mixer.scores}"
-            exactness.check(name, partial(batch_invariant_attention.is_invariant, *sizes, mixer.scores, decoder.device))
+            exactness.check(name, partial(paged_attention.is_invariant, *sizes, mixer.scores, decoder.device))
         for recurrent in set(config.recurrent):
             if isinstance(recurrent, GatedDelta):
                 exactness.check(f"delta rule {recurrent}", partial(gated_delta.is_invariant, recurrent, decoder.device))
