@@ -119,7 +119,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     gpu_memory_share: Annotated[
         float,
-        Meta(gt=0, le=1, description="The part of a GPU's memory that the engine uses; less where others share it."),
+        Meta(gt=0, le=1, description="The engine's part of a GPU's memory. vLLM on the same card has the rest of it."),
     ] = 1.0
     engines: Annotated[
         int, Meta(ge=1, le=64, description="Engines that share this machine, one a base model; `knapper up` sets it.")
@@ -134,9 +134,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 0.0
     sampler: Annotated[
-        Literal["torch", "vllm"],
-        Meta(description="The sampling backend: the engine's own, or vLLM in an environment of its own: docs/vllm.md."),
-    ] = "torch"
+        Literal["auto", "torch", "vllm"],
+        Meta(description="The sampling backend, the engine's own or vLLM; auto: vLLM on a GPU that can: docs/vllm.md."),
+    ] = "auto"
     vllm_rank: Annotated[
         int, Meta(ge=1, le=256, description="The highest adapter rank that vLLM accepts; a higher one costs memory.")
     ] = 64
@@ -148,8 +148,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 8
     vllm_memory: Annotated[
         float,
-        Meta(gt=0, le=1, description="The fraction of a GPU's memory that vLLM uses; less where train_step shares it."),
-    ] = 0.9
+        Meta(ge=0, le=1, description="vLLM's fraction of a GPU's memory; 0: what training leaves, or 0.9 alone."),
+    ] = 0.0
     vllm_idle_s: Annotated[
         float, Meta(ge=0, le=86400, description="Idle time after which vLLM releases its memory; 0 disables.")
     ] = 0.0

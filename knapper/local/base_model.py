@@ -23,8 +23,9 @@ def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
     def accept(partial: Path) -> None:
         """Check before the weights are downloaded."""
         by = servable.expect_config(partial)
-        servable.expect_libraries(settings, by)
-        servable.expect_rehearsed(_with(settings, settings.model, partial), environ, by)
+        located = _with(settings, settings.model, partial)
+        servable.expect_libraries(located, by)
+        servable.expect_rehearsed(located, environ, by)
 
     path = Path(settings.model).expanduser()
     try:

@@ -40,6 +40,7 @@ from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
+from knapper.serving import backend
 from knapper.serving.identity import ProcessIdentity
 from knapper.serving.probe_results import StoredChoices
 from knapper.serving.runs import ClaimedRuns
@@ -121,7 +122,7 @@ def engine() -> ServingEngine:
 
     Raises UserError if the model, the device or the memory do not allow it.
     """
-    settings = Settings.load(os.environ)
+    settings = backend.settings()
     began = time.monotonic()
     if (age_s := metrics.process_age_s()) is not None:
         metrics.stage("import", age_s)

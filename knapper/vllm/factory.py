@@ -13,11 +13,12 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import limits
+from knapper.catalogue import servable
 from knapper.concurrency import shutdown
 from knapper.concurrency.retry import Attempts
 from knapper.engine import host_memory, memory
 from knapper.engine.hardware import dtype_for
-from knapper.engine.models.config import ModelConfig, is_composite
+from knapper.engine.models.config import ModelConfig
 from knapper.engine.sampling.kv_cache import bytes_per_token
 from knapper.errors import InvalidField
 from knapper.observability.metrics import Reading, Readings
@@ -46,14 +47,7 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     began = time.monotonic()
     directory = Path(settings.model_directory)
     facts = ModelConfig.read(directory)
-    if is_composite(directory):
-        raise InvalidField("KNAPPER_SAMPLER", "vllm", f"torch for {directory}, of which only the text part is served")
-    if facts.has_experts:
-        allowed = f"torch for {directory}, a mixture: adapters of experts were never tried in vLLM"
-        raise InvalidField("KNAPPER_SAMPLER", "vllm", allowed)
-    if facts.recurrent:  # their adapters and their memory there were never tried
-        allowed = f"torch for {directory}, whose layers have states in place of keys and values"
-        raise InvalidField("KNAPPER_SAMPLER", "vllm", allowed)
+    servable.expect_sampled_by_vllm(directory, str(directory))
     device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_for(settings.dtype, torch.device(device))
     kv_bytes = 0  # on a GPU KNAPPER_VLLM_MEMORY decides
