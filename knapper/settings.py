@@ -106,6 +106,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "float32", "bfloat16"],
         Meta(description="Of the base weights; auto: the faster one, measured. A run keeps its own: docs/models.md."),
     ] = "auto"
+    context: Annotated[
+        int, Meta(ge=0, le=10**7, description="Tokens of a text at most; 0: as many as the model's own context has.")
+    ] = 0
     threads: Annotated[
         int,
         Meta(
@@ -141,10 +144,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, Meta(ge=1, le=256, description="The highest adapter rank that vLLM accepts; a higher one costs memory.")
     ] = 64
     vllm_adapters: Annotated[
-        int,
-        Meta(
-            ge=1, le=64, description="Different adapters in one batch of vLLM; each takes memory by KNAPPER_VLLM_RANK."
-        ),
+        int, Meta(ge=1, le=64, description="Adapters in one batch of vLLM; each takes memory by KNAPPER_VLLM_RANK.")
     ] = 8
     vllm_memory: Annotated[
         float,
@@ -165,10 +165,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 300.0
     run_idle_s: Annotated[
-        float,
-        Meta(
-            ge=0, le=86400, description="Idle time after which a run is evicted from the engine's memory; 0 disables."
-        ),
+        float, Meta(ge=0, le=86400, description="Idle time after which a run leaves the engine's memory; 0 disables.")
     ] = 120.0
     keep_results_s: Annotated[
         float,

@@ -24,7 +24,7 @@ _VLLM_LEAST: Final = 0.1
 log = structlog.get_logger()
 
 
-class Sampler(NamedTuple):
+class ChosenSampler(NamedTuple):
     """`name`: torch or vllm. `reason`: why, in words."""
 
     name: str
@@ -47,15 +47,15 @@ def settings() -> Settings:
     return loaded
 
 
-def chosen(settings: Settings) -> Sampler:
+def chosen(settings: Settings) -> ChosenSampler:
     """What is asked last takes longest: torch is imported only where vLLM is installed."""
     if settings.sampler != "auto":
         if settings.sampler == "vllm":
             servable.expect_vllm()
-        return Sampler(settings.sampler, f"KNAPPER_SAMPLER={settings.sampler}")
+        return ChosenSampler(settings.sampler, f"KNAPPER_SAMPLER={settings.sampler}")
     if reason := _torch_without_asking(settings) or _torch_by_card(settings):
-        return Sampler("torch", reason)
-    return Sampler("vllm", f"a GPU, and vLLM {servable.vllm_version().installed}")
+        return ChosenSampler("torch", reason)
+    return ChosenSampler("vllm", f"a GPU, and vLLM {servable.vllm_version().installed}")
 
 
 def _torch_without_asking(settings: Settings) -> str:

@@ -18,7 +18,7 @@ from knapper.concurrency import shutdown
 from knapper.concurrency.retry import Attempts
 from knapper.engine import host_memory, memory
 from knapper.engine.hardware import dtype_for
-from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.config import ModelConfig, bounded_context
 from knapper.engine.sampling.kv_cache import bytes_per_token
 from knapper.errors import InvalidField
 from knapper.observability.metrics import Reading, Readings
@@ -47,6 +47,7 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     began = time.monotonic()
     directory = Path(settings.model_directory)
     facts = ModelConfig.read(directory)
+    facts = replace(facts, context=bounded_context(facts.context, settings.context))
     servable.expect_sampled_by_vllm(directory, str(directory))
     device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_for(settings.dtype, torch.device(device))
