@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knapper.engine.layers import elementwise
 from knapper.engine.models.mlp import Groups, Routing
 
 
@@ -20,7 +21,9 @@ def routed(logits_NE: Tensor, routing: Routing, correction_E: Tensor | None = No
     """Weights (N, K) in float32, differentiable in the logits, and the experts that they are of, int64 (N, K)."""
     if routing.groups is not None:
         assert correction_E is not None
-        weights_NK, experts_NK = _by_groups(logits_NE.float().sigmoid(), correction_E, routing, routing.groups)
+        weights_NK, experts_NK = _by_groups(
+            elementwise.sigmoid(logits_NE.float()), correction_E, routing, routing.groups
+        )
     else:
         weights_NK, experts_NK = _by_softmax(logits_NE, routing)
     return (weights_NK if routing.scale == 1.0 else weights_NK * routing.scale), experts_NK

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.layers import experts, rope
+from knapper.engine.layers import elementwise, experts, rope
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.attention import Attend
 from knapper.engine.layers.experts import ExpertLinears
@@ -102,7 +102,7 @@ class AttentionBlock:
             q, k = (rope.rotated(x, rows.cos_sin[facts.rope], facts.rope) for x in (q, k))
         o = rows.attend(self.index, *(x.to(rows.attention_dtype) for x in (q, k, v)), scores=facts.scores)
         o = o.to(x_NH.dtype)
-        return self.o(o if gate is None else o * torch.sigmoid(gate), rows.adapt)[0]
+        return self.o(o if gate is None else o * elementwise.sigmoid(gate), rows.adapt)[0]
 
     def _separate(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         facts = self.facts
@@ -180,7 +180,7 @@ class MixtureBlock:
         if self.shared is None:
             return y_NH
         shared_NH = self.shared(x_NH, rows)
-        return y_NH + (torch.sigmoid(gates[0]) * shared_NH if gates else shared_NH)
+        return y_NH + (elementwise.sigmoid(gates[0]) * shared_NH if gates else shared_NH)
 
     @property
     def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:
@@ -189,7 +189,7 @@ class MixtureBlock:
 
 
 def _activated(x: Tensor, activation: Activation) -> Tensor:
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+    return elementwise.silu(x) if activation == "silu" else elementwise.gelu_tanh(x)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class DeltaBlock:
         mixed, z, b, a = self._separate(self.inputs(x_NH, rows.adapt))
         y_NY, _ = rows.attend.recur(self.index, self.recurrence, torch.cat([mixed, b, a], dim=1).float())
         y_NHE = self.norm(y_NY.unflatten(1, (self.facts.value_heads, -1)).to(x_NH.dtype))
-        gated = y_NHE.flatten(1) * F.silu(z.float())
+        gated = y_NHE.flatten(1) * elementwise.silu(z.float())
         return self.output(gated.to(x_NH.dtype), rows.adapt)[0]
 
     def _separate(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
