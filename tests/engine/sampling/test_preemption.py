@@ -28,12 +28,10 @@ def long_ones(count: int, max_tokens: int | None = 400, **fields: Any) -> list[S
     return [request(prompt=prompt_of(10 + n, n), seed=n, **fields) for n in range(count)]
 
 
-@pytest.mark.parametrize(("kind", "adapter"), [("llama", "adapter-1"), ("lfm2", ""), ("qwen3_5", "adapter-1")])
-def test_a_text_that_was_parked_for_another_to_grow_has_the_bits_that_it_has_alone(
-    tmp_path: Path, kind: str, adapter: str
-) -> None:
+@pytest.mark.parametrize("kind", ["llama", "lfm2", "qwen3_5"])
+def test_a_text_that_was_parked_for_another_to_grow_has_the_bits_that_it_has_alone(tmp_path: Path, kind: str) -> None:
     """Of attention alone, and with states: all of a text that is computed again, states too, is what it was."""
-    requests = long_ones(3, adapter=adapter)
+    requests = long_ones(3)
     house = house_of(tmp_path, kind)
     extra = house.sampler._scheduler.positions(1) - 64
     tight = house_of(tmp_path, kind, kv_tokens_max=MEMORY + 2 * extra)
