@@ -102,7 +102,8 @@ class TransformersModel:
         versions: tuple[str, ...],
     ) -> None:
         """`body`: the model without its head; `linears`: its linears by target module."""
-        self.config, self.versions = config, versions
+        self.config: TransformersFacts = config
+        self.versions = versions
         self.architecture = config.architecture
         self.bytes_per_token = 0  # set by the trial
         self.context_positions = config.context
@@ -116,6 +117,10 @@ class TransformersModel:
         self.adapted: set[str] = set()  # target modules that a pass has called
         for target, linear in linears.items():
             linear.register_forward_hook(self._hook(target))
+
+    def bound_context(self, context: int) -> None:
+        """Serve so many tokens of the context."""
+        self.config, self.context_positions = replace(self.config, context=context), context
 
     def layer_segments(
         self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
