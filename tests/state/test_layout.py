@@ -50,7 +50,7 @@ def test_a_number_has_twenty_digits_and_a_choice_its_words(kind: ObjectKind) -> 
 
 
 def test_uploads_lie_below_one_prefix() -> None:
-    assert layout.UPLOADS == ObjectKind.UPLOAD.under()
+    assert ObjectKind.UPLOAD.under() == layout.UPLOADS
 
 
 @pytest.mark.parametrize("kind", ObjectKind, ids=lambda kind: kind.name.lower())
