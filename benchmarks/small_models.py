@@ -3,7 +3,7 @@
     python -m benchmarks.small_models [--only NAME ...] [--dtype float32 bfloat16]
 
 Random weights at each model's true sizes, so that nothing is downloaded, and no server: the engine in a process of its
-own for each. Written to out/small_models.json; `make bench-page` makes the table of docs/models.md of it. knapper's
+own for each. Written to out/small_models.json; `make bench-page` makes the table of docs/performance.md of it. knapper's
 list of such models (`knapper.catalogue.small_models`) has the memory that this found.
 """
 
@@ -77,14 +77,14 @@ CONFIGS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """`step_s`: forward, backward and optimizer step of TEXTS x TOKENS tokens. `decode_s`: DRAWN tokens of as many
-    texts at once. `peak`: bytes of the whole process.
+    """`step_s`: forward, backward and optimizer step of TEXTS x TOKENS tokens. `tokens_per_s`: of as many texts that
+    decode at once. `weights`: how many numbers. `peak`: bytes of the whole process.
     """
 
-    numbers: int
+    weights: int
     load_s: float
     step_s: float
-    decode_s: float
+    tokens_per_s: float
     peak: int
 
 
@@ -134,7 +134,7 @@ def cost(directory: Path, dtype: torch.dtype) -> Cost:
         decoding.step(torch.full((TEXTS,), number + 1), [lora] * TEXTS)
     numbers = sum(math.prod(shape) for _, shape in promised(config))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Cost(numbers, load_s, step_s, time.perf_counter() - began, peak)
+    return Cost(numbers, load_s, step_s, TEXTS * DRAWN / (time.perf_counter() - began), peak)
 
 
 def _done(task: Work[T]) -> T:
