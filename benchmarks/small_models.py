@@ -3,8 +3,8 @@
     python -m benchmarks.small_models [--only NAME ...] [--dtype float32 bfloat16]
 
 Random weights at each model's true sizes, so that nothing is downloaded, and no server: the engine in a process of its
-own for each. Written to out/small_models.json; `make bench-page` makes the table of docs/performance.md of it. knapper's
-list of such models (`knapper.catalogue.small_models`) has the memory that this found.
+own for each. Written to out/small_models.json; `make bench-page` makes the table of docs/performance.md of it. The
+memory that knapper.catalogue.small_models states is what this found.
 """
 
 import argparse
