@@ -17,7 +17,7 @@ from knapper.engine.models.linear_shape import Part, expert_names
 from knapper.engine.models.mlp import Mixture
 from knapper.engine.models.packed import Packing, refusal
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
-from knapper.errors import NotFound, UserError
+from knapper.errors import InvalidField, NotFound, UserError
 
 ComputedBy = Literal["native", "transformers"]
 HEAD: Final = "lm_head"
@@ -75,6 +75,13 @@ class Facts(Protocol):
 
     @property
     def lora_targets(self) -> tuple[LoraTarget, ...]: ...
+
+
+def bounded_context(context: int, setting: int) -> int:
+    """Tokens that are served of a model's own `context`; 0: all. Raises InvalidField for more than it has."""
+    if setting > context:
+        raise InvalidField("KNAPPER_CONTEXT", setting, f"up to {context}, the model's own context; 0 takes all of it")
+    return setting or context
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _expect_memory(settings: Settings, device: torch.device, needed: int, planne
         raise UserError(
             f"the weights of {settings.model} take {sized(needed)}, and {sized(free)} of memory are free on "
             f"{device.type}: free some, give the engine a larger machine, set KNAPPER_DTYPE=bfloat16 if it is float32, "
-            "or serve a smaller model"
+            "or serve a smaller model: `knapper models` lists some"
         )
 
 

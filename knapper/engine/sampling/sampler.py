@@ -83,7 +83,7 @@ class EngineSampler:
             allowed = "token ids only, as this model has no tokenizer.json"
             raise InvalidField("sampling_params.stop", params.stop_strings[0], allowed)
         ends = () if params.ignore_eos else config.eos
-        tokens_max, cost = self._reserved_by(request)
+        tokens_max = self._tokens_max(request)
         async with AsyncExitStack() as stack:
             lora = None
             if request.adapter:
@@ -94,7 +94,6 @@ class EngineSampler:
                 lora=lora,
                 stops=StopCriteria((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
                 tokens_max=tokens_max,
-                cost=cost,
                 listen=listen,
             )
             self._scheduler.submit(group)
@@ -110,8 +109,8 @@ class EngineSampler:
         self._adapters.release()
         await self._device.run(work())
 
-    def _reserved_by(self, request: SampleRequest) -> tuple[int, int]:
-        """(tokens that a sequence may have, positions that it reserves). Raises TooLarge."""
+    def _tokens_max(self, request: SampleRequest) -> int:
+        """Tokens that a sequence may have. Raises TooLarge if there is no memory for so many, even without others."""
         prompt, requested = int(request.prompt.size), request.params.max_tokens
         context_left = self._decoder.config.context - prompt
         at_once = self._text_tokens_max or self._decoder.config.context
@@ -129,4 +128,4 @@ class EngineSampler:
                 f"memory; allowed: {min(self._kv_tokens_max, at_once)}. Lower sampling_params.max_tokens, or send a "
                 "shorter prompt"
             )
-        return tokens_max, cost
+        return tokens_max
