@@ -20,6 +20,7 @@ _HALF: Final = 0.45  # of a card, for training, where nobody says more
 _BETWEEN: Final = 0.05  # of a card: what CUDA takes for two processes beyond their parts
 _ALONE: Final = 0.9  # of a card, for vLLM without a neighbour
 _VLLM_LEAST: Final = 0.1
+_NVIDIA: Final = Path("/proc/driver/nvidia")
 
 log = structlog.get_logger()
 
@@ -43,7 +44,9 @@ def settings() -> Settings:
     parts = {}
     if sampler.name == "vllm" and loaded.vllm_memory:
         parts = {"training": f"{loaded.gpu_memory_share:.0%} of the card", "sampling": f"{loaded.vllm_memory:.0%}"}
-    log.info("sampler", sampler=sampler.name, reason=sampler.reason, **parts)
+    # Without a GPU there was nothing to choose, and people's terminals have few lines.
+    say = log.info if _NVIDIA.exists() or loaded.sampler == "vllm" else log.debug
+    say("sampler", sampler=sampler.name, reason=sampler.reason, **parts)
     return loaded
 
 
