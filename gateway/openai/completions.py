@@ -86,7 +86,8 @@ async def _respond(request: Request, task: Generation) -> Response:
 
 def _client_field(task: Generation, field: str | None) -> str | None:
     """The client's name for a field of a sample request."""
-    return task.parameters.prompt_field if field == "prompt" else field and field.removeprefix("sampling_params.")
+    own = {"prompt": task.parameters.prompt_field, "grammar": "response_format"}
+    return field and own.get(field, field.removeprefix("sampling_params."))
 
 
 def _whole(head: Json, task: Generation, responses: list[bytes]) -> bytes:

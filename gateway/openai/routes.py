@@ -1,5 +1,6 @@
 """The routes of the OpenAI protocol, under /v1 and /oai/api/v1."""
 
+import asyncio
 from functools import partial
 
 from starlette.requests import Request
@@ -17,6 +18,7 @@ from gateway.tenants import tenant_of
 from knapper import limits
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import ContextLengthExceeded
+from knapper.wire import grammars
 
 
 async def list_models(request: Request) -> Response:
@@ -46,13 +48,15 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    call, params, messages = await bodies.in_worker(request, schemas.chat, body)
+    call, params, messages, grammar = await bodies.in_worker(request, schemas.chat, body)
+    if grammar:
+        await asyncio.to_thread(grammars.expect_compilable, grammar, "response_format")
     model = await models.resolve(gateway, tenant, call.model)
     language = await gateway.openai.languages.of(model.record)
     context = model.record.context
     encode = partial(language.chat, messages, gateway.clock(), call.chat_template_kwargs, context=context)
     prompt = await bodies.in_thread(request, len(body), encode)
-    options = SampleOptions(params, call.choices, call.top_logprobs or 0)
+    options = SampleOptions(params, call.choices, call.top_logprobs or 0, grammar=grammar)
     choice_format = ChatFormat(language, (call.top_logprobs or 0) if call.logprobs else None)
     return await respond(request, Generation(call, model, language, [prompt], options, choice_format, [""]))
 

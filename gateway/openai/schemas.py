@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta
 
+from gateway.openai.response_formats import ResponseFormat
 from knapper import limits
 from knapper.catalogue.conversations import ChatMessage, Message
 from knapper.errors import InvalidField
@@ -33,7 +34,6 @@ _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "presence_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
     "frequency_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
     "logit_bias": ((None, {}), "none: tokens are drawn from the model's own distribution"),
-    "response_format": ((None, {"type": "text"}), '{"type": "text"}: output is not constrained'),
     "repetition_penalty": ((None, 1), "1: tokens are drawn from the model's own distribution, without penalties"),
     "length_penalty": ((None, 1), "1: there is no beam search"),
     "use_beam_search": ((None, False), "false: there is no beam search"),
@@ -188,7 +188,7 @@ class ChatRequest(SharedParameters, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Top | None = None
     chat_template_kwargs: dict[str, str | bool | int | float | None] = {}
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -205,6 +205,13 @@ class ChatRequest(SharedParameters, frozen=True, kw_only=True):
     def conversation(self) -> list[Message]:
         """Raises InvalidField."""
         return [message.message(f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+    def grammar(self) -> str:
+        """What the text must follow; empty: nothing. Raises InvalidField."""
+        grammar = "" if self.response_format is None else self.response_format.grammar()
+        if grammar and self.ignore_eos:
+            raise InvalidField("ignore_eos", True, "false beside response_format, which says where a text ends")
+        return grammar
 
     def sampling(self) -> types.SamplingParams:
         """Raises InvalidField."""
@@ -225,7 +232,8 @@ def completion(body: bytes) -> tuple[CompletionRequest, types.SamplingParams, li
     return msgspec.structs.replace(request, prompt=""), request.sampling(), request.prompts()
 
 
-def chat(body: bytes) -> tuple[ChatRequest, types.SamplingParams, list[Message]]:
-    """(request without its messages, parameters, messages). Raises UserError."""
+def chat(body: bytes) -> tuple[ChatRequest, types.SamplingParams, list[Message], str]:
+    """(request without its messages, parameters, messages, grammar). Raises UserError."""
     request = decode(body, ChatRequest)
-    return msgspec.structs.replace(request, messages=[]), request.sampling(), request.conversation()
+    bare = msgspec.structs.replace(request, messages=[], response_format=None)
+    return bare, request.sampling(), request.conversation(), request.grammar()

@@ -107,7 +107,7 @@ def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]),
+        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"), ("verbosity", "chatty"), ("continue_final_message", True),
         ("functions", [{}]), ("function_call", {"name": "f"}), ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
@@ -120,6 +120,30 @@ def test_what_chats_do_not_have_is_refused_by_name(field: str, value: Any) -> No
     with pytest.raises(InvalidField) as refused:
         chat(**{field: value}).sampling()
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ({"type": "grammar"}, "type"), ({"type": "json_schema"}, "json_schema.schema"), ({}, "type"),
+        ({"type": "json_schema", "json_schema": {"name": "n"}}, "json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"name": "", "schema": {}}}, "json_schema.name"),
+        ({"type": "json_object", "json_schema": {"name": "n", "schema": {}}}, "json_schema"),
+        ({"type": "json_object", "schema": {}}, "schema"),
+    ],
+)  # fmt: skip
+def test_a_response_format_that_says_nothing_or_too_much_is_refused(value: Any, field: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(response_format=value).grammar()
+    assert refused.value.field == f"response_format.{field}"
+
+
+def test_a_constrained_text_ends_where_its_grammar_does() -> None:
+    asked: dict[str, Any] = {"response_format": {"type": "json_object"}}
+    assert '"type":"object"' in chat(**asked).grammar()
+    assert chat(response_format={"type": "text"}).grammar() == chat().grammar() == ""
+    with pytest.raises(InvalidField, match="ignore_eos is True"):
+        chat(**asked, ignore_eos=True).grammar()
 
 
 @pytest.mark.parametrize(
