@@ -1,5 +1,6 @@
 """The field `response_format`: how a text is constrained."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -25,16 +26,12 @@ class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
-    def grammar(self, field: str = "response_format") -> str:
-        """Empty for a text. Raises InvalidField."""
+    def part(self, field: str = "response_format") -> Mapping[str, Any] | None:
+        """The part of a grammar that the text follows; None for any text. Raises InvalidField."""
         if self.type != "json_schema":
             if self.json_schema is not None:
                 raise InvalidField(f"{field}.json_schema", "given", 'none beside any other type than "json_schema"')
-            return "" if self.type == "text" else _grammar(_ANY_OBJECT, field)
+            return None if self.type == "text" else grammars.json_part(_ANY_OBJECT, field)
         if self.json_schema is None or self.json_schema.schema is None:
             raise InvalidField(f"{field}.json_schema.schema", None, 'a JSON schema, or the type "json_object"')
-        return _grammar(self.json_schema.schema, f"{field}.json_schema.schema")
-
-
-def _grammar(schema: dict[str, Any] | bool, field: str) -> str:
-    return grammars.joined(grammars.json_part(schema, field), {}, field)
+        return grammars.json_part(self.json_schema.schema, f"{field}.json_schema.schema")

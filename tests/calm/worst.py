@@ -57,6 +57,9 @@ def filled(head: str, unit: str, tail: str, between: str = ",") -> Callable[[int
     return make
 
 
+_TOOL = '{"type": "function", "function": {"name": "a", "parameters": {"anyOf": []}}}'
+
+
 def _keys(size: int) -> bytes:
     """An object of different names."""
     count = (size - 20) // len('"0000000":0,')
@@ -150,6 +153,8 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
     metadata = ("user_metadata", "[]", '{"a": [', "]}")
     answered = json.dumps(rollouts)[:-1] + ', "rollouts": [{"id": "a", "completion": "b", "answer": ['
     prefix = json.dumps(prompt)[:-1] + ', "messages": [{"role": "user", "content":'
+    response_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"anyOf": 0}}}
+    schema = json.dumps(prompt | {"messages": [{"role": "user", "content": "a"}], "response_format": response_format})
     bodies = {
         "/api/v1/auth/token": [_of({}, "a", "[]")],
         "/api/v1/client/config": [_text({}, "sdk_version", "x")],
@@ -223,6 +228,8 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
             Worst("one long message", filled(f'{prefix} "', "hello, world! ", '"}]}', between="")),
             Worst("parts", filled(f"{prefix} [", '{"type": "text"}', "]}]}")),
             _of({**prompt, "messages": [{"role": "user", "content": "a"}]}, "tools", "{}"),
+            _of({**prompt, "messages": [{"role": "user", "content": "a"}]}, "tools", _TOOL),
+            Worst("a schema", filled(f"{schema[:-5]}[", "{}", "]}}}}")),
         ],
         "/playground/chat": [_of(prompt, "messages", '{"role": "user", "content": "a"}')],
         **dict.fromkeys(("/signin", "/signout", "/admin/keys", "/admin/keys/revoke"), _FORMS),

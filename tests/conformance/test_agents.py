@@ -28,7 +28,7 @@ class Paint(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chat_model(tmp_path_factory.mktemp("models") / "base" / "tiny")
+    return chat_model(tmp_path_factory.mktemp("models") / "base" / "tiny", context=4096)
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,87 @@ def test_a_schema_that_is_not_supported_is_refused_before_anything_starts(client
         client.chat.completions.create(model=str(model), messages=QUESTION, response_format=asked)
     assert refused.value.param == "response_format"
     assert "Unimplemented keys" in refused.value.message
+
+
+WEATHER: Any = {"type": "function", "function": {
+    "name": "get_weather", "description": "The weather of a city.", "parameters": {
+        "type": "object", "required": ["city", "days"], "additionalProperties": False,
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    },
+}}  # fmt: skip
+STOP: Any = {"type": "function", "function": {"name": "stop"}}
+
+
+def calls_of(message: Any) -> list[tuple[str, Any]]:
+    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_forced_call_is_one_of_the_tools(client: openai.OpenAI, model: Path, choice: Any) -> None:
+    asked: Any = {"model": str(model), "messages": QUESTION, "tools": [WEATHER, STOP], "tool_choice": choice}
+    reply = client.chat.completions.create(**asked, n=4, seed=2, max_tokens=400)
+    for each in reply.choices:
+        assert each.finish_reason == "tool_calls"
+        assert each.message.content is None
+        calls = calls_of(each.message)
+        assert calls
+        assert choice == "required" or len(calls) == 1
+        for name, arguments in calls:
+            assert name == "get_weather" or choice == "required"
+            assert arguments == {} or (arguments["city"] in ("Oslo", "Rome") and 1 <= arguments["days"] <= 9)
+    single = client.chat.completions.create(**asked, n=4, seed=2, max_tokens=400, parallel_tool_calls=False)
+    assert [len(calls_of(each.message)) for each in single.choices] == [1] * 4
+
+
+def test_a_streamed_call_is_what_the_client_puts_together(client: openai.OpenAI, model: Path) -> None:
+    asked: Any = {
+        "model": str(model), "messages": QUESTION, "tools": [WEATHER], "tool_choice": "required", "seed": 5,
+        "max_tokens": 400,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**asked).choices[0]
+    with client.chat.completions.stream(**asked) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    assert calls_of(streamed.message) == calls_of(whole.message) != []
+    assert streamed.finish_reason == whole.finish_reason == "tool_calls"
+    chunks: Any = client.chat.completions.create(**asked, stream=True)
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [delta.index for delta in deltas] == list(range(len(deltas)))
+    assert all(delta.id.startswith("call_") for delta in deltas)
+
+
+def test_a_conversation_goes_on_with_what_a_tool_returned(client: openai.OpenAI, model: Path) -> None:
+    asked: Any = {"model": str(model), "tools": [WEATHER], "max_tokens": 400, "seed": 1}
+    first = client.chat.completions.create(**asked, messages=QUESTION, tool_choice="required").choices[0].message
+    assert first.tool_calls
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "12 degrees"} for call in first.tool_calls]
+    told: Any = [*QUESTION, first.model_dump(exclude_none=True), *results]
+    short = asked | {"max_tokens": 5}
+    assert client.chat.completions.create(**short, messages=told).choices[0].finish_reason in ("length", "stop")
+    without = client.chat.completions.create(**short, messages=told, tool_choice="none").usage
+    with_tools = client.chat.completions.create(**short, messages=told).usage
+    assert without is not None
+    assert with_tools is not None
+    assert with_tools.prompt_tokens > without.prompt_tokens, "the tools are described to the model, or not"
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"tools": [WEATHER, WEATHER]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [STOP], "tool_choice": {"type": "function", "function": {"name": "go"}}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [STOP], "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"not": {}}}}],
+          "tool_choice": "required"}, "tools"),
+        ({"messages": [{"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "a", "arguments": "[]"}},
+        ]}]}, "messages[0].tool_calls[0].function.arguments"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+    ],
+)  # fmt: skip
+def test_tools_that_cannot_be_are_refused_by_their_field(
+    client: openai.OpenAI, model: Path, asked: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.post("/chat/completions", cast_to=object, body={"model": str(model), "messages": QUESTION} | asked)
+    assert refused.value.param == param

@@ -206,13 +206,28 @@ def completion(world: World, rng: Random) -> Any:
     return asked | {"prompt": prompt, "echo": not asked["stream"], "logprobs": 2}
 
 
+_ARGUMENTS = {"type": "object", "properties": {"a": {"enum": ["x", 1]}}, "required": ["a"], "$defs": {"b": {}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": _ARGUMENTS, "strict": True}}
+TOOLS: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": _ARGUMENTS}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False,
+}  # fmt: skip
+CALLED: list[Any] = [
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+    ]},
+    {"role": "tool", "tool_call_id": "c", "content": "2"},
+]  # fmt: skip
+
+
 def chat(world: World, rng: Random) -> Any:
     parts = [{"type": "text", "text": "hi"}]
     messages = [
         {"role": "system", "content": "be"},
         {"role": "user", "content": rng.choice(["hi", parts]), "name": "n"},
     ]
-    return openai(world, rng) | {"messages": messages, "logprobs": True, "top_logprobs": 2, "metadata": {}}
+    more = rng.choice([{}, {"response_format": SCHEMA}, TOOLS, TOOLS | {"messages": [*messages, *CALLED]}])
+    return openai(world, rng) | {"messages": messages, "logprobs": True, "top_logprobs": 2, "metadata": {}} | more
 
 
 def event(type_: str, data: dict[str, Any]) -> Callable[[World, Random], Ask]:
