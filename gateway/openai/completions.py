@@ -85,7 +85,7 @@ async def _respond(request: Request, task: Generation) -> Response:
     except BaseException:
         samples.cancel()
         raise
-    return _EventStream(first, events, samples.cancel)
+    return EventStream(first, events, samples.cancel)
 
 
 def _client_field(task: Generation, field: str | None) -> str | None:
@@ -198,7 +198,7 @@ def _data(message: Any) -> bytes:
     return b"data: " + msgspec.json.encode(message) + b"\n\n"
 
 
-class _EventStream(StreamingResponse):
+class EventStream(StreamingResponse):
     """Sends each event at once. Calls `on_end` when the response ends, also if the client hangs up."""
 
     def __init__(self, first: bytes, remaining: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:

@@ -91,6 +91,7 @@ class Detokenizer:
     ) -> None:
         self._characters = Characters(tokenizer, prompt, shown)
         self._stops = stops
+        self.stopped_by: str | None = None  # the stop string that ended the text
         self._sent = offset
         self._held = ""
         self._waiting: list[ScoredToken] = []
@@ -118,11 +119,12 @@ class Detokenizer:
         before = self._held + self._characters.pending()
         whole = self._held + self._characters.add(last.token)
         whole += self._characters.pending()
-        ends = [index for index in map(whole.find, self._stops) if index >= 0]
+        ends = [(index, stop) for stop in self._stops if (index := whole.find(stop)) >= 0]
         if not ends:
             return TextDelta(before, self._waiting)
-        end = self._sent + min(ends)
-        return TextDelta(whole[: min(ends)], [scored for scored in [*self._waiting, last] if scored.offset < end])
+        cut, self.stopped_by = min(ends)
+        end = self._sent + cut
+        return TextDelta(whole[:cut], [scored for scored in [*self._waiting, last] if scored.offset < end])
 
     def _possible_stop(self) -> int:
         """How many of the held characters, at their end, may begin a stop string."""

@@ -69,8 +69,8 @@ class Calling:
             return None
         return CallReader(self.form, {tool.name: tool for tool in self.use.offered}, self.several)
 
-    def call_id(self, unique: str) -> str:
+    def call_id(self, unique: str, prefix: str = "call_") -> str:
         """`unique`: letters and digits. Some templates insist on a length when the call comes back."""
         if self.form is not None and self.form.id_chars is not None:
             return unique[-self.form.id_chars :]
-        return f"call_{unique}"
+        return f"{prefix}{unique}"

@@ -230,6 +230,46 @@ def chat(world: World, rng: Random) -> Any:
     return openai(world, rng) | {"messages": messages, "logprobs": True, "top_logprobs": 2, "metadata": {}} | more
 
 
+def response(world: World, rng: Random) -> Any:
+    """Of OpenAI's Responses protocol."""
+    called = [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": 1}', "status": "completed"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "2"}]},
+    ]
+    said = {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+    tool = {"type": "function", "name": "f", "description": "d", "parameters": _ARGUMENTS, "strict": True}
+    form: Any = {"text": {"format": {"type": "json_schema", "name": "n", "schema": _ARGUMENTS}, "verbosity": "low"}}
+    calls: Any = {"tools": [tool], "tool_choice": {"type": "function", "name": "f"}}
+    return rng.choice([form, calls]) | {
+        "model": world.model, "input": rng.choice(["hi", [said], [said, *called]]), "instructions": "be",
+        "max_output_tokens": 2, "temperature": 0.5, "top_p": 0.9, "store": False, "metadata": {"a": "b"},
+    }  # fmt: skip
+
+
+def counted(world: World, rng: Random) -> Any:
+    """Of Anthropic's protocol."""
+    called = [
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "2", "is_error": True}]},
+    ]
+    tool = {"name": "f", "description": "d", "input_schema": _ARGUMENTS, "cache_control": {"type": "ephemeral"}}
+    more = rng.choice([{}, {"tools": [tool], "tool_choice": {"type": "tool", "name": "f"}}])
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, *rng.choice([[], called])]
+    return {
+        "model": world.model,
+        "messages": messages,
+        "system": rng.choice(["be", [{"type": "text", "text": "b"}]]),
+    } | more
+
+
+def message(world: World, rng: Random) -> Any:
+    parameters = {
+        "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "stop_sequences": ["x"], "stream": False,
+        "metadata": {"user_id": "u"}, "thinking": {"type": "disabled"},
+    }  # fmt: skip
+    return counted(world, rng) | parameters
+
+
 def event(type_: str, data: dict[str, Any]) -> Callable[[World, Random], Ask]:
     def ask(world: World, rng: Random) -> Ask:
         attributes = {
