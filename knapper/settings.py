@@ -106,6 +106,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "float32", "bfloat16"],
         Meta(description="Of the base weights; auto: the faster one, measured. A run keeps its own: docs/models.md."),
     ] = "auto"
+    context: Annotated[
+        int, Meta(ge=0, le=10**7, description="Tokens of a text at most; 0: as many as the model's own context has.")
+    ] = 0
     threads: Annotated[
         int,
         Meta(
@@ -119,7 +122,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     gpu_memory_share: Annotated[
         float,
-        Meta(gt=0, le=1, description="The part of a GPU's memory that the engine uses; less where others share it."),
+        Meta(gt=0, le=1, description="The engine's part of a GPU's memory. vLLM on the same card has the rest of it."),
     ] = 1.0
     engines: Annotated[
         int, Meta(ge=1, le=64, description="Engines that share this machine, one a base model; `knapper up` sets it.")
@@ -134,22 +137,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 0.0
     sampler: Annotated[
-        Literal["torch", "vllm"],
-        Meta(description="The sampling backend: the engine's own, or vLLM in an environment of its own: docs/vllm.md."),
-    ] = "torch"
+        Literal["auto", "torch", "vllm"],
+        Meta(description="The sampling backend, the engine's own or vLLM; auto: vLLM on a GPU that can: docs/vllm.md."),
+    ] = "auto"
     vllm_rank: Annotated[
         int, Meta(ge=1, le=256, description="The highest adapter rank that vLLM accepts; a higher one costs memory.")
     ] = 64
     vllm_adapters: Annotated[
-        int,
-        Meta(
-            ge=1, le=64, description="Different adapters in one batch of vLLM; each takes memory by KNAPPER_VLLM_RANK."
-        ),
+        int, Meta(ge=1, le=64, description="Adapters in one batch of vLLM; each takes memory by KNAPPER_VLLM_RANK.")
     ] = 8
     vllm_memory: Annotated[
         float,
-        Meta(gt=0, le=1, description="The fraction of a GPU's memory that vLLM uses; less where train_step shares it."),
-    ] = 0.9
+        Meta(ge=0, le=1, description="vLLM's fraction of a GPU's memory; 0: what training leaves, or 0.9 alone."),
+    ] = 0.0
     vllm_idle_s: Annotated[
         float, Meta(ge=0, le=86400, description="Idle time after which vLLM releases its memory; 0 disables.")
     ] = 0.0
@@ -165,10 +165,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 300.0
     run_idle_s: Annotated[
-        float,
-        Meta(
-            ge=0, le=86400, description="Idle time after which a run is evicted from the engine's memory; 0 disables."
-        ),
+        float, Meta(ge=0, le=86400, description="Idle time after which a run leaves the engine's memory; 0 disables.")
     ] = 120.0
     keep_results_s: Annotated[
         float,

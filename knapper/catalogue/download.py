@@ -131,7 +131,8 @@ def _ask_hub(name: str) -> str | None:
         return f"the hub at {constants.ENDPOINT} does not answer ({type(error).__name__}: {error})"
     if answer.status_code in (401, 403, 404):
         raise NotFound(
-            f"the hub at {constants.ENDPOINT} has no model {name!r} for you; check the name, or set HF_TOKEN"
+            f"the hub at {constants.ENDPOINT} has no model {name!r} for you; check the name, or set HF_TOKEN; "
+            "`knapper models` lists those that are known to fit this machine"
         )
     return None if answer.is_success else f"the hub at {constants.ENDPOINT} answers {answer.status_code}"
 

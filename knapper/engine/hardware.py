@@ -1,7 +1,9 @@
 """The choice of device and dtype, and what a device has of memory; no other module asks. `memory` divides it."""
 
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -30,8 +32,38 @@ def device_for(setting: str) -> torch.device:
     automatic = "cuda" if present["cuda"] else "cpu"
     chosen = automatic if setting == "auto" else setting
     if chosen not in available:
-        raise InvalidField("KNAPPER_DEVICE", setting, f"auto, {', '.join(available)} on this machine")
+        todo = why_no_cuda() if chosen == "cuda" else ""
+        raise InvalidField("KNAPPER_DEVICE", setting, f"auto, {', '.join(available)} on this machine", todo)
+    if setting == "auto" and (reason := why_no_cuda()):
+        log.warning("KNAPPER_DEVICE is auto, and no GPU computes", device=chosen, reason=reason)
     return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
+
+
+def why_no_cuda(driver: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Why torch does not use this machine's NVIDIA GPU, in words; empty if it does, or there is none.
+
+    `driver`: the file in which the kernel's module says its version.
+    """
+    if torch.cuda.is_available() or not driver.is_file():
+        return ""
+    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", driver.read_text(errors="replace"))
+    said = f"the NVIDIA driver {found[1]}" if found else "an NVIDIA driver"
+    if torch.version.cuda is None:
+        return f"{said} is here, and this torch ({torch.__version__}) is built for a CPU: install torch for CUDA"
+    return (
+        f"torch is built for CUDA {torch.version.cuda} and cannot use {said}: it is too old, or the GPU is not given "
+        "to this process; update the driver, or install a torch for an older CUDA"
+    )
+
+
+def has_bfloat16() -> bool:
+    """Whether the cuda device computes it, rather than emulates it."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def name_of(device: torch.device) -> str:
+    """The model of a cuda device."""
+    return str(torch.cuda.get_device_name(device))
 
 
 def take_memory(device: torch.device, share: float) -> int | None:
@@ -82,14 +114,13 @@ def dtype_for(setting: str, device: torch.device, cpu_s: Callable[[], float] = t
 
     `cpu_s`: CPU seconds of this thread. Raises InvalidField for bfloat16 on a GPU that only emulates it.
     """
-    if setting == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name(device)
-        allowed = f"auto or float32 on {name}, which has no bfloat16 and would emulate it"
+    if setting == "bfloat16" and device.type == "cuda" and not has_bfloat16():
+        allowed = f"auto or float32 on {name_of(device)}, which has no bfloat16 and would emulate it"
         raise InvalidField("KNAPPER_DTYPE", setting, allowed)
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if has_bfloat16() else torch.float32
     if device.type == "mps":
         return torch.float32  # not every Mac's GPU computes bfloat16, and none was measured
     return _faster_on_this_cpu(cpu_s)

@@ -127,11 +127,14 @@ class Account:
         return f"{sized(self.total)}: {parts}; {follows}"
 
 
-def divide(left: int, model: ModelBytes, kv_part: float, *, is_cpu: bool) -> Account:
-    """The account of a process that has `left` bytes beside the weights; `kv_part`: KNAPPER_KV_MEMORY.
+def divide(left: int, model: ModelBytes, kv_part: float, *, is_cpu: bool, samples: bool = True) -> Account:
+    """The account of a process that has `left` bytes beside the weights; `kv_part`: KNAPPER_KV_MEMORY. One that does
+    not sample keeps next to nothing for keys and values.
 
     Raises UserError for a GPU that holds the weights, and then no run, pass and text beside them.
     """
+    if not samples:
+        kv_part = min(0.5, (_TOKENS_LEAST + 1) * model.kv_token / max(1, left))
     return _of_host(left, model, kv_part) if is_cpu else _of_card(left, model, kv_part)
 
 

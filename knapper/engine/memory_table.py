@@ -5,12 +5,14 @@ Nothing of it is measured on a GPU.
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Final
 
 from knapper.engine import memory
 from knapper.engine.memory import CARDS, ModelBytes
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.families.gemma import BOTH_SIDES
+from knapper.engine.models.families.gpt_oss import CLAMPED, EXPERTS
 from knapper.engine.models.layer import Layer, ScoreRule, SelfAttention
 from knapper.engine.models.mlp import GatedMlp, Mixture, Routing
 from knapper.engine.models.rotary import Rope
@@ -47,6 +49,18 @@ def _qwen3_30b_a3b() -> ModelConfig:
     )  # fmt: skip
 
 
+def _gpt_oss_20b() -> ModelConfig:
+    whole = SelfAttention(
+        64, 8, 64, ScoreRule(64**-0.5), Rope(150000.0, 64), qkv_bias=True, output_bias=True, sinks=True
+    )
+    sliding = replace(whole, scores=replace(whole.scores, window=128))
+    experts = Mixture(2880, Routing(32, 4, renormalised=True, biased=True), CLAMPED, EXPERTS)
+    return ModelConfig(
+        model_type="gpt_oss", vocab_size=201_088, hidden=2880,
+        layers=12 * (Layer(sliding, experts), Layer(whole, experts)), rms_eps=1e-5, tied=False, context=131_072, eos=(),
+    )  # fmt: skip
+
+
 MODELS: Final[Mapping[str, ModelConfig]] = {
     "Qwen3-1.7B": _model(2048, 28, 16, 6144, tied=True),
     "Llama-3.2-3B": _model(3072, 28, 24, 8192, tied=True, family="llama"),
@@ -54,6 +68,7 @@ MODELS: Final[Mapping[str, ModelConfig]] = {
     "Qwen3-8B": _model(4096, 36, 32, 12288, tied=False),
     "Gemma-3-12B, text": _gemma_3_12b(),
     "Qwen3-14B": _model(5120, 40, 40, 17408, tied=False),
+    "gpt-oss-20B": _gpt_oss_20b(),
     "Qwen3-30B-A3B": _qwen3_30b_a3b(),
     "Qwen3-32B": _model(5120, 64, 64, 25600, tied=False),
 }

@@ -20,7 +20,7 @@ from knapper.engine.models import weight_files
 from knapper.engine.models.composite import text_name
 from knapper.engine.models.config import HEAD, ModelConfig
 from knapper.engine.models.fields import UnsupportedModel, read_json
-from knapper.engine.models.weight_files import TensorHeader
+from knapper.engine.models.tensor_header import TensorHeader
 from knapper.errors import UserError
 from knapper.export import safetensors_file, space
 from knapper.export.adapter import WEIGHTS, Pair, PeftAdapter

@@ -9,7 +9,7 @@ import structlog
 from knapper import limits
 from knapper.catalogue import servable
 from knapper.catalogue.download import is_name, obtain
-from knapper.engine.models.config import computed_by
+from knapper.engine.models.config import bounded_context, computed_by
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
 from knapper.state.model_record import ModelRecord
@@ -23,8 +23,9 @@ def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
     def accept(partial: Path) -> None:
         """Check before the weights are downloaded."""
         by = servable.expect_config(partial)
-        servable.expect_libraries(settings, by)
-        servable.expect_rehearsed(_with(settings, settings.model, partial), environ, by)
+        located = _with(settings, settings.model, partial)
+        servable.expect_libraries(located, by)
+        servable.expect_rehearsed(located, environ, by)
 
     path = Path(settings.model).expanduser()
     try:
@@ -40,6 +41,7 @@ def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
             "give the right to read and write there, or name another cache with KNAPPER_CACHE"
         ) from error
     by = computed_by(directory)
+    served(settings, dict.fromkeys(("train_step", "sample"), ""))  # its context is what the settings may ask for
     servable.expect_libraries(settings, by)
     servable.expect_rehearsed(settings, environ, by, numbers)
     if left_out := servable.not_served(directory):
@@ -85,7 +87,8 @@ def served(settings: Settings, urls: Mapping[str, str]) -> ModelRecord:
         train_step_url=urls["train_step"],
         sample_url=urls["sample"],
     )
-    return msgspec.structs.replace(record, computed_by=computed_by(directory))
+    context = bounded_context(record.context, settings.context)
+    return msgspec.structs.replace(record, computed_by=computed_by(directory), context=context)
 
 
 def _with(settings: Settings, name: str, directory: Path) -> Settings:

@@ -24,6 +24,7 @@ from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.fingerprint import fingerprint
 from knapper.engine.layers.lora import Lora, layout
+from knapper.engine.layers.paged_attention import PAGE
 from knapper.engine.memory import Account, ModelBytes
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import Facts
@@ -40,6 +41,7 @@ from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
+from knapper.serving import backend
 from knapper.serving.identity import ProcessIdentity
 from knapper.serving.probe_results import StoredChoices
 from knapper.serving.runs import ClaimedRuns
@@ -121,7 +123,7 @@ def engine() -> ServingEngine:
 
     Raises UserError if the model, the device or the memory do not allow it.
     """
-    settings = Settings.load(os.environ)
+    settings = backend.settings()
     began = time.monotonic()
     if (age_s := metrics.process_age_s()) is not None:
         metrics.stage("import", age_s)
@@ -192,6 +194,7 @@ def _open_device(settings: Settings, device: torch.device, store: Store) -> tupl
 
 def _log_loaded(settings: Settings, model: Model, terms: Terms, exact: str, took_s: float) -> None:
     left_out = not_served(Path(settings.model_directory))
+    packing = model.config.packing if isinstance(model, Decoder) else None
     log.info(
         "loaded",
         model=settings.model,
@@ -204,6 +207,7 @@ def _log_loaded(settings: Settings, model: Model, terms: Terms, exact: str, took
         exact=exact,
         took_s=round(took_s, 2),
         **({"images": left_out} if left_out else {}),
+        **({"unpacked": f"from {packing.method} to {terms.dtype}"} if packing is not None else {}),
     )
 
 
@@ -214,21 +218,34 @@ def _account(settings: Settings, model: Model, planned: int) -> Account:
     """
     is_cpu = model.device.type == "cpu"
     left = max(0, hardware.memory_left(model.device) - planned) // (settings.engines if is_cpu else 1)
-    account = memory.divide(left, ModelBytes.of(model, model.weights_bytes), settings.kv_memory, is_cpu=is_cpu)
+    samples = settings.sampler != "vllm"
+    parts = ModelBytes.of(model, model.weights_bytes)
+    account = memory.divide(left, parts, settings.kv_memory, is_cpu=is_cpu, samples=samples)
     if isinstance(model, Decoder) and account.passes is not None:
         model.passes = account.passes
     log.info(
         "memory", account=account.described(), kv_cache_tokens=account.kv_tokens, rows_of_a_pass=account.rows_max,
         **{f"{part}_mib": size // limits.MIB for part, size in account.parts.items()},
     )  # fmt: skip
-    longest = min(account.kv_tokens, account.text_tokens_max or account.kv_tokens)
-    if longest < model.context_positions:
-        log.warning(
-            "not even one text of the whole context fits: longer ones are refused",
-            tokens=longest, context=model.config.context, bytes_per_token=model.bytes_per_token,
-            todo="raise KNAPPER_KV_MEMORY, or give the engine more memory",
-        )  # fmt: skip
+    if samples:
+        _expect_context(settings, model, account)
     return account
+
+
+def _expect_context(settings: Settings, model: Model, account: Account) -> None:
+    """Raises InvalidField for a context that was asked for and does not fit; warns if the model's own does not."""
+    longest = min(account.kv_tokens, account.text_tokens_max or account.kv_tokens)
+    if longest >= model.context_positions:
+        return
+    if settings.context:
+        allowed = f"up to {longest // PAGE * PAGE}: for so many tokens of samples there is memory beside the weights"
+        todo = "Lower it, or raise KNAPPER_KV_MEMORY, or unset it"
+        raise InvalidField("KNAPPER_CONTEXT", settings.context, allowed, todo)
+    log.warning(
+        "not even one text of the whole context fits: longer ones are refused",
+        tokens=longest, context=model.config.context, bytes_per_token=model.bytes_per_token,
+        todo="raise KNAPPER_KV_MEMORY, lower KNAPPER_CONTEXT, or give the engine more memory",
+    )  # fmt: skip
 
 
 def _sampler(
@@ -268,7 +285,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     try:
         with reservations.turn() if shares else nullcontext(0) as planned:
             expect_loadable(settings, device, dtype.itemsize, planned)
-            model = load(Path(settings.model_directory), dtype, device, exactness)
+            model = load(Path(settings.model_directory), dtype, device, exactness, settings.context)
             account = _account(settings, model, planned)
             if shares:
                 reservations.write(account.total)

@@ -13,8 +13,9 @@ import structlog
 from knapper.concurrency import shutdown
 from knapper.concurrency.retry import Deaths
 from knapper.engine.models import prefetch
+from knapper.errors import UserError
 from knapper.observability import logs
-from knapper.serving import pod_snapshot
+from knapper.serving import backend, pod_snapshot
 from knapper.serving.gate import Gate
 from knapper.settings import Settings
 
@@ -43,14 +44,18 @@ def vllm() -> "Gate[Served]":
 
 
 def sampler() -> "Gate[Served] | Gate[ServingEngine]":
-    """The gate to the sampler that the settings name."""
+    """The gate to the sampler that this process takes."""
+    _settings("sample")  # so that the choice is logged as all else is
     return vllm() if samples_by_vllm() else engine()
 
 
 @cache
 def samples_by_vllm() -> bool:
-    """Read once: loading all settings takes a millisecond, and each sample asks."""
-    return Settings.load(os.environ).sampler == "vllm"
+    """Decided once: each sample asks. What cannot be decided the engine's gate says."""
+    try:
+        return backend.settings().sampler == "vllm"
+    except UserError:
+        return False
 
 
 def _settings(process: str) -> Settings:
@@ -81,7 +86,7 @@ def _go_on_from_snapshots(settings: Settings) -> None:
 
 
 def _engine() -> "ServingEngine":
-    settings = Settings.load(os.environ)
+    settings = backend.settings()
     if settings.model_directory:
         prefetch.begin(Path(settings.model_directory))
     from knapper.serving.engine import engine  # imports torch, which may be missing or broken
@@ -92,4 +97,4 @@ def _engine() -> "ServingEngine":
 def _vllm() -> "Served":
     from knapper.serving.sampler import by_vllm
 
-    return by_vllm(Settings.load(os.environ))
+    return by_vllm(backend.settings())

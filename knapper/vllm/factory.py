@@ -13,11 +13,12 @@ import torch
 from tokenizers import Tokenizer
 
 from knapper import limits
+from knapper.catalogue import servable
 from knapper.concurrency import shutdown
 from knapper.concurrency.retry import Attempts
 from knapper.engine import host_memory, memory
 from knapper.engine.hardware import dtype_for
-from knapper.engine.models.config import ModelConfig, is_composite
+from knapper.engine.models.config import ModelConfig, bounded_context
 from knapper.engine.sampling.kv_cache import bytes_per_token
 from knapper.errors import InvalidField
 from knapper.observability.metrics import Reading, Readings
@@ -32,6 +33,7 @@ from knapper.vllm.sampler import VllmSampler
 
 _SEQUENCES_MAX: Final = {"cpu": 64, "cuda": 256}  # sequences that decode at once
 _GIB: Final = 1024 * limits.MIB  # the unit of vLLM's KV cache on a CPU
+_GPU_PASSES: Final = 3 * _GIB  # what passes, logits and CUDA graphs take at most of models of this size
 _BLOCK: Final = 128  # positions in a block of the KV cache there
 
 log = structlog.get_logger()
@@ -46,25 +48,18 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     began = time.monotonic()
     directory = Path(settings.model_directory)
     facts = ModelConfig.read(directory)
-    if is_composite(directory):
-        raise InvalidField("KNAPPER_SAMPLER", "vllm", f"torch for {directory}, of which only the text part is served")
-    if facts.has_experts:
-        allowed = f"torch for {directory}, a mixture: adapters of experts were never tried in vLLM"
-        raise InvalidField("KNAPPER_SAMPLER", "vllm", allowed)
-    if facts.recurrent:  # their adapters and their memory there were never tried
-        allowed = f"torch for {directory}, whose layers have states in place of keys and values"
-        raise InvalidField("KNAPPER_SAMPLER", "vllm", allowed)
+    facts = replace(facts, context=bounded_context(facts.context, settings.context))
+    servable.expect_sampled_by_vllm(directory, str(directory))
     device = device_for(settings.device, "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_for(settings.dtype, torch.device(device))
     kv_bytes = 0  # on a GPU KNAPPER_VLLM_MEMORY decides
     if device == "cpu":
-        kv_bytes, fits = on_cpu(facts, dtype, _left(directory, dtype), settings.kv_memory)
-        if fits < facts.context:
-            log.warning(
-                "vllm: not even one text of the whole context fits: longer ones are refused",
-                tokens=fits, context=facts.context, todo="raise KNAPPER_KV_MEMORY, or give the sampler more memory",
-            )  # fmt: skip
-        facts = replace(facts, context=fits)
+        left = max(0, host_memory.available() - _weights(directory, dtype))
+        kv_bytes, fits = on_cpu(facts, dtype, left, settings.kv_memory)
+    else:
+        card = int(settings.vllm_memory * torch.cuda.get_device_properties(0).total_memory)
+        fits = on_gpu(facts, dtype, card - _weights(directory, dtype), settings.vllm_adapters, settings.vllm_rank)
+    facts = replace(facts, context=fitting(facts.context, fits, settings))
     options = Options(
         directory=directory,
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
@@ -111,14 +106,41 @@ def on_cpu(facts: ModelConfig, dtype: torch.dtype, left: int, part: float) -> tu
     return max(_GIB, kv), min(facts.context, max(_GIB, kv) // (_BLOCK * token_bytes) * _BLOCK)
 
 
+def on_gpu(facts: ModelConfig, dtype: torch.dtype, left: int, adapters: int, rank: int) -> int:
+    """Tokens of the longest sequence on a GPU that has `left` bytes for vLLM beside its weights.
+
+    An estimate: vLLM measures what its passes and graphs take when it starts.
+    """
+    of_adapters = adapters * dtype.itemsize * sum(target.numel(rank) for target in facts.lora_targets)
+    free = max(0, left - of_adapters - _GPU_PASSES)
+    return min(facts.context, free // (_BLOCK * bytes_per_token(facts, dtype)) * _BLOCK)
+
+
+def fitting(context: int, fits: int, settings: Settings) -> int:
+    """Tokens of context that are served, where `fits` have room. Raises InvalidField for next to none, and for fewer
+    than were asked for.
+    """
+    todo = "Lower KNAPPER_CONTEXT, or give the sampler more memory (KNAPPER_KV_MEMORY on a CPU, KNAPPER_VLLM_MEMORY)"
+    if fits < min(_BLOCK, context):
+        raise InvalidField("KNAPPER_VLLM_MEMORY", settings.vllm_memory, "what holds the weights and a text", todo)
+    if fits < context and settings.context:
+        raise InvalidField("KNAPPER_CONTEXT", settings.context, f"up to {fits}, for which vLLM has memory", todo)
+    if fits < context:
+        log.warning(
+            "vllm: not even one text of the whole context fits: longer ones are refused",
+            tokens=fits, context=context, todo=todo,
+        )  # fmt: skip
+    return min(fits, context)
+
+
 def _whole(count: int) -> int:
     return count + -count % _GIB
 
 
-def _left(directory: Path, dtype: torch.dtype) -> int:
-    """Memory left beside vLLM's weights: in float32 they may take twice the bytes of their files."""
+def _weights(directory: Path, dtype: torch.dtype) -> int:
+    """Bytes of vLLM's weights: in float32 they may take twice the bytes of their files."""
     files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    return max(0, host_memory.available() - files * (2 if dtype == torch.float32 else 1))
+    return files * (2 if dtype == torch.float32 else 1)
 
 
 def device_for(setting: str, present: Literal["cuda", "cpu"]) -> Literal["cuda", "cpu"]:

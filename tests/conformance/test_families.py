@@ -1,4 +1,4 @@
-"""Through the whole stack, natively: Gemma 3, with windows, two rotary bases and norms on both sides; a mixture; and
+"""Through the whole stack, natively: Gemma 3, with windows, two rotary bases and norms on both sides; mixtures; and
 Qwen 3.5, whose layers have states.
 """
 
@@ -33,7 +33,7 @@ def step(client: tinker.TrainingClient, n: int) -> list[bytes]:
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe", "qwen3_5"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe", "qwen3_5", pytest.param("gpt_oss", marks=pytest.mark.long)])
 def test_a_run_survives_a_kill_samples_what_it_trained_and_loads_in_peft(tmp_path: Path, kind: str) -> None:
     model = strange_model(tmp_path / kind, kind)
     with (

@@ -72,7 +72,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("24 GB", _GPU), ("40 GB", _GPU), ("80 GB", _GPU), ("80 GB", _GPU), ("141 GB", _GPU),
         *(
             (f"{weights} GB", _TABLE)
-            for weights in ("3.4", "6.4", "8.0", "16.4", "23.5", "29.5", "61.1", "65.5")
+            for weights in ("3.4", "6.4", "8.0", "16.4", "23.5", "29.5", "41.8", "61.1", "65.5")
             for _ in range(2)
         ),
         ("0.16 GB", _SHAPES), ("1.4 GB", _SHAPES), ("3.4 GB", _SHAPES),

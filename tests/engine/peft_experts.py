@@ -1,7 +1,7 @@
 """Adapters of experts as PEFT holds them beside transformers 5, where a layer's experts are two tensors.
 
 PEFT reads a pair for each expert's gate, up and down; it makes one pair of gate and up, of twice the rank, whose B has
-zeros where the two would mix. E experts.
+zeros where the two would mix. Of gpt-oss they are one parameter in files, too. E experts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from knapper.engine import checkpoint_format
 from knapper.engine.models.config import LoraTarget
 
 _DOWN = ("down_proj", "w2")
@@ -18,6 +19,10 @@ _SECOND = ("up_proj", "w3")
 def matrices(named: Mapping[str, Tensor], target: LoraTarget) -> tuple[Tensor, Tensor]:
     """A (E, R, inputs) and B (E, outputs, R) of a target module, of what PEFT has by name; views."""
     assert target.experts is not None
+    if target.whole:
+        (name_a,), (name_b,) = checkpoint_format.peft_sides(target)
+        b_OR = named[name_b].view(target.outputs, -1, target.experts)
+        return named[name_a].view(target.experts, -1, target.inputs), b_OR.permute(2, 0, 1)
     block, _, expert = target.module.partition(".experts.{}.")
     prefix = f"base_model.model.{block.replace('block_sparse_moe', 'mlp')}.experts"
     down = expert in _DOWN

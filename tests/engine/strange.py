@@ -38,6 +38,11 @@ _DELTA: Final = {
     **_HEADED, "head_dim": 32, "layer_types": ["full_attention", "linear_attention"], "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
 }  # fmt: skip
+_LATENT: Final = {
+    **_SIZES, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16, "v_head_dim": 12, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48, "n_shared_experts": 1, "routed_scaling_factor": 1.5, "num_mtp_layers": 0,
+}  # fmt: skip
 _EXPERTS: Final = {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
 }  # fmt: skip
@@ -119,6 +124,29 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "num_mtp_layers": 0,
         },
     ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_LATENT,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+        },
+    ),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", {**_LATENT, "q_lora_rank": None, "v_head_dim": 40}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_HEADED,
+            **_SLIDING,
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
     "lfm2": (
         "Lfm2Config",
         {
@@ -147,6 +175,9 @@ MIXTURES: Final = (
     "olmoe",
     "mixtral",
     "glm4_moe",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "gpt_oss",
     "qwen3_5_moe",
     "qwen3_next",
     "qwen3_next_moe",
@@ -217,13 +248,15 @@ def strange_model(directory: Path, kind: str, *, seed: int = 0, **changes: Any) 
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # the library has no types here
         for name, parameter in model.named_parameters():  # every layer matters, more than the token itself
-            if parameter.dim() > 2:  # a convolution's
+            if name.endswith("_bias"):  # of experts
+                torch.nn.init.normal_(parameter, std=0.1)
+            elif parameter.dim() > 2:  # a convolution's
                 torch.nn.init.normal_(parameter, std=0.5)
             elif parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.08 if "embed" in name else 1.5 * 64**-0.5)
             elif name.endswith("A_log"):  # so that memories decay over a few rows and over many
                 torch.nn.init.normal_(parameter, mean=-2.5, std=1.5)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.1)
             elif kind in NATIVE:  # a norm's, around its neutral value
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)

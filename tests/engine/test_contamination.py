@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from knapper.engine.layers import batch_invariant_attention, head
+from knapper.engine.layers import batch_invariant_attention, head, paged_attention
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_gathered import GatheredLora, Stack
@@ -107,15 +107,18 @@ def test_of_attention_over_several_texts(width: int, window: int | None, cap: fl
     scores = ScoreRule(width**-0.5, window, cap)
     sequences, tokens, heads, groups = 3, 70, 4, 2
     k, v = (random(sequences, tokens, groups, width, seed=seed) for seed in (2, 3))
-    bias = torch.zeros(sequences, 1, 1, batch_invariant_attention.KEYS)
-    keys, values = (x[:, : batch_invariant_attention.KEYS].transpose(1, 2) for x in (k, v))
+    pages = paged_attention.PageTable.of(sequences * [tokens - 1], [(5, 0), (3, 1), (2, 4)], k.device)
+    in_order = [5, 0, 3, 1, 2, 4]
+    keys, values = (torch.empty(6, groups, paged_attention.PAGE, width) for _ in "kv")
+    for stored, x in ((keys, k), (values, v)):
+        stored[in_order] = torch.cat([paged_attention.paged(of_one) for of_one in x])
 
     def trained(q: Tensor) -> Tensor:
         return batch_invariant_attention.causal(q, k, v, scores=scores)
 
     def decoded(q: Tensor) -> Tensor:
-        return batch_invariant_attention.decoded(
-            q[:, 0].view(sequences, groups, heads // groups, width), keys, values, bias, scores
+        return paged_attention.decoded(
+            q[:, 0].view(sequences, groups, heads // groups, width), keys, values, pages, scores
         )
 
     for compute in (trained, decoded):

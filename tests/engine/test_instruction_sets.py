@@ -56,8 +56,8 @@ SHALLOW = [
 ]
 
 
-def no_neighbour_changes_a_bit(instructions: InstructionSet, dtype: str, model: Path) -> None:
-    row = measured(instructions, str(model), dtype, threads=1, quick=True)
+def no_neighbour_changes_a_bit(instructions: InstructionSet, dtype: str, model: Path, threads: int = 1) -> None:
+    row = measured(instructions, str(model), dtype, threads=threads, quick=True)
     instructions_tried.note(dtype, environment={**os.environ, **instructions.environment})
     assert row.broken == []
     assert row.zero, row
@@ -67,7 +67,9 @@ def no_neighbour_changes_a_bit(instructions: InstructionSet, dtype: str, model: 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("instructions", "dtype"), SHALLOW)
 def test_no_neighbour_changes_a_bit_at_real_shapes(instructions: InstructionSet, dtype: str, shallow: Path) -> None:
-    no_neighbour_changes_a_bit(instructions, dtype, shallow)
+    # Five threads have parts of a tensor that end in the middle of a register, of whatever width its rows are.
+    threads = 1 if instructions.environment or dtype == "bfloat16" else 5
+    no_neighbour_changes_a_bit(instructions, dtype, shallow, threads)
 
 
 @pytest.mark.long

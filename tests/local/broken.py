@@ -125,7 +125,7 @@ BROKEN: Final[Mapping[str, tuple[Change, str]]] = {
     ),
     "a model of images": (config(model_type="lfm2_vl", vision_config={}), "it takes more than text"),
     "a hybrid with experts": (config(model_type="lfm2_moe"), "it needs experts in place of MLPs"),
-    "quantized weights": (config(quantization_config={"quant_method": "mxfp4"}), "its weights are quantized"),
+    "quantized weights": (config(quantization_config={"quant_method": "gptq"}), "it has quantized weights"),
 }  # fmt: skip
 
 # The same of architectures that only transformers can tell of: each takes its import.

@@ -72,6 +72,36 @@ _EPOCHS = "_COLLECTED, _UNREADABLE = 0, -1  # epochs in place of a record that i
 _NONE_FAILED = "self._failed = (-1, 0)  # (operation, how often it failed by a defect)"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("knapper/state/journal/apply.py", _NONE_FAILED, "1 -> 2"): "no operation has a number below 0",
+    (
+        "knapper/state/journal/run.py",
+        'first = Manifest(epoch=0, holder="", address="", terms=self.holder.terms, claimed_at=0.0)',
+        "0.0 -> -1.0",
+    ): "a claim sets it",
+    (
+        "knapper/state/layout.py",
+        'return "".join(map("".join, zip(self._literals, [*segments, ""], strict=False)))',
+        "zip(self._literals, [*segments, ''], strict=False) without strict",
+    ): "it is the default",
+    (
+        "knapper/state/layout.py",
+        'EMPTY, PART, NAMED_BY_HASH = "", "part", "named by hash"  # objects that are no record',
+        "'' -> 'x'",
+    ): _TWIN,
+    (
+        "knapper/state/journal/run.py",
+        "self._replay = self._replay.grown(outcome.cost_s, loaded=result.seq if loads else -1)",
+        "1 -> 2",
+    ): "the highest number of those that loaded, of which none is below 0",
+    (
+        "knapper/state/journal/machine.py",
+        "step: int = -1  # optimizer steps in the weights of an export",
+        "1 -> 2",
+    ): "read with an export alone, which states it",
+    (
+        "knapper/state/journal/machine.py",
+        "step: int = -1  # optimizer steps in the weights of an export",
+        "-1 without its USub",
+    ): "read with an export alone, which states it",
     (_NEWEST, _BETWEEN, "-1 without its USub"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 2"): _STRIDE,
     (_NEWEST, _BETWEEN, "1 -> 0"): _STRIDE,

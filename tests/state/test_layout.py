@@ -39,6 +39,21 @@ def test_a_key_tells_its_kind_and_its_fields(kind: ObjectKind) -> None:
 
 
 @pytest.mark.parametrize("kind", ObjectKind, ids=lambda kind: kind.name.lower())
+def test_a_number_has_twenty_digits_and_a_choice_its_words(kind: ObjectKind) -> None:
+    fields, names = example(kind), [piece.partition(">")[0] for piece in kind.pattern.split("<")[1:]]
+    for n, name in enumerate(names):
+        words = {"round": ("steps", "evaluations"), "secret": ("functions", "links", "tokens")}.get(name, ())
+        for word in words:
+            assert kind.parse(kind.key(*fields[:n], word, *fields[n + 1 :]))[n] == word
+        if words or name in NUMBERS:
+            assert layout.kind_of(kind.key(*fields[:n], "other", *fields[n + 1 :])) is not kind
+
+
+def test_uploads_lie_below_one_prefix() -> None:
+    assert ObjectKind.UPLOAD.under() == layout.UPLOADS
+
+
+@pytest.mark.parametrize("kind", ObjectKind, ids=lambda kind: kind.name.lower())
 def test_the_record_and_the_writers_of_a_kind_exist(kind: ObjectKind) -> None:
     content = inventory.TABLE[kind]
     names = {

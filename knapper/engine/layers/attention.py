@@ -167,7 +167,8 @@ def _offset_by_part(rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> 
 
 
 def _causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: ScoreRule) -> Tensor:
-    if keeps_bits(q_BTHD.device) or scores.cap is not None:  # bit-equal to decoding; and no kernel has caps
+    if keeps_bits(q_BTHD.device) or scores.cap is not None or scores.sinks_H is not None:
+        # Bit-equal to decoding; and no kernel has caps or sinks.
         wide = (x.to(torch.float32) for x in (q_BTHD, k_BTGD, v_BTGD))
         return batch_invariant_attention.causal(*wide, scores=scores).to(q_BTHD.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))

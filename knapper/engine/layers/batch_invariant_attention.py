@@ -11,8 +11,8 @@ For that, every operation is a float32 GEMM or elementwise:
 B sequences, T tokens, C keys, M rows, H heads, G key/value heads, Q heads a key/value head, D head elements.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -37,58 +37,9 @@ def causal(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scores: ScoreRule)
     return outputs
 
 
-def decoded(q_NGQD: Tensor, keys_NGCD: Tensor, values_NGCD: Tensor, bias_N11C: Tensor, scores: ScoreRule) -> Tensor:
-    """(N, G, Q, D): one token of each of N sequences over its own keys. `bias_N11C`: -inf where a sequence has none,
-    or its window ends.
-
-    C is a multiple of KEYS; keys and values past a sequence's end are finite.
-    """
-    sequences, groups, queries, width = q_NGQD.shape
-    rows = max(ROWS_MIN, queries)  # the padding enters the GEMMs only
-    q_NGMD = q_NGQD.new_zeros(sequences, groups, rows, width)
-    torch.mul(q_NGQD, scores.scale, out=q_NGMD[:, :, :queries])
-    products = torch.bmm(q_NGMD.flatten(0, 1), keys_NGCD.flatten(0, 1).transpose(1, 2))
-    _cap_(products, scores)
-    products.view(sequences, groups, rows, -1)[:, :, :queries].add_(bias_N11C)
-    return _weighted_(products, values_NGCD.flatten(0, 1), queries)[0].view(sequences, groups, queries, width)
-
-
-@torch.inference_mode()
-def is_invariant(
-    heads: int,
-    groups: int,
-    width: int,
-    scores: ScoreRule,
-    device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
-) -> bool:
-    """Whether on this device a row has the same bits in a sequence, in a prefix of it, as its rest, and decoded."""
-    tokens = 3 * KEYS + 5
-    window = None if scores.window is None else min(scores.window, KEYS + 9)
-    scores = replace(scores, window=window)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, tokens, count, width, generator=generator).to(device) for count in (heads, groups, groups)
-    )
-    whole = causal(q, k, v, scores=scores)
-    for count in (1, 7, KEYS, KEYS + 1, 2 * KEYS + 9):
-        prefix = causal(*(x[:, :count] for x in (q, k, v)), scores=scores)
-        suffix = causal(q[:, count:], k, v, scores=scores)
-        if not (torch.equal(prefix, whole[:, :count]) and torch.equal(suffix, whole[:, count:])):
-            return False
-        capacity = _whole_blocks(count)
-        keys, values = (F.pad(x[:, :count].transpose(1, 2), (0, 0, 0, capacity - count)) for x in (k, v))
-        bias = torch.zeros(1, 1, 1, capacity, device=device)
-        bias[..., count:] = -torch.inf
-        bias[..., : 0 if window is None else max(0, count - window)] = -torch.inf
-        row_1GQD = q[:, count - 1].view(1, groups, heads // groups, width)
-        if not torch.equal(decoded(row_1GQD, keys, values, bias, scores).flatten(1, 2), whole[:, count - 1]):
-            return False
-    return True
-
-
 class _Causal(torch.autograd.Function):
     """The gradient is the library's own attention's, which needs only our outputs and normalisers; of windows and caps,
-    which that lacks, it is `_backward`.
+    which that lacks, it is `_backward`. A sink has no value: it is in the normalisers, and in nothing else.
     """
 
     @staticmethod
@@ -162,8 +113,9 @@ def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: ScoreRule) 
         q_XMD = q_BGQTD[chunk, :, :, of_rows].flatten(0, 1).flatten(1, 2)
         products_XMC = _scored(q_XMD, keys_BGCD[chunk, :, of_keys].flatten(0, 1), block, scores)
         values_XCD = values_BGCD[chunk, :, of_keys].flatten(0, 1)
-        chunk_outputs, top, sums = _weighted_(products_XMC, values_XCD, products_XMC.shape[1])
         here = outputs[chunk, :, :, of_rows]
+        sinks_XM1 = _sinks(scores, here.shape[:-1])
+        chunk_outputs, top, sums = _weighted_(products_XMC, values_XCD, sinks_XM1)
         here.copy_(chunk_outputs.view(here.shape))
         normalisers[chunk, :, :, of_rows] = (top + sums.log()).view(here.shape[:-1])
     return outputs[:, :, :, :tokens].flatten(1, 2), normalisers[..., :tokens].flatten(1, 2)
@@ -220,32 +172,43 @@ def _padded_keys(x_BTGD: Tensor) -> Tensor:
 def _scored(q_XMD: Tensor, keys_XCD: Tensor, block: _Block, scores: ScoreRule) -> Tensor:
     """(X, M, C): capped products, -inf where a row does not see a key."""
     products_XMC = torch.bmm(q_XMD, keys_XCD.transpose(1, 2))
-    _cap_(products_XMC, scores)
+    cap_(products_XMC, scores)
     rows, keys = block.bias_MC.shape
     products_XMC.view(-1, rows, products_XMC.shape[-1])[..., -keys:].add_(block.bias_MC)
     return products_XMC
 
 
-def _cap_(products: Tensor, scores: ScoreRule) -> None:
+def cap_(products: Tensor, scores: ScoreRule) -> None:
     if scores.cap is not None:
         products.div_(scores.cap).tanh_().mul_(scores.cap)
+
+
+def _sinks(scores: ScoreRule, shape: Sequence[int]) -> Tensor | None:
+    """Each row's, for products of (B, G, Q, rows): (B * G, Q * rows, 1)."""
+    if scores.sinks_H is None:
+        return None
+    sinks_GQ1 = scores.sinks_H.view(shape[1], shape[2], 1)
+    return sinks_GQ1.expand(*shape).reshape(shape[0] * shape[1], -1, 1)
 
 
 def _whole_blocks(keys: int) -> int:
     return keys + -keys % KEYS
 
 
-def _weighted_(scores_XMC: Tensor, values_XCD: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the first `rows` rows: values weighted by the scores' softmax, maxima, and sums of exponentials.
+def _weighted_(
+    scores_XMC: Tensor, values_XCD: Tensor, sinks_XM1: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values weighted by the scores' softmax, maxima, and sums of exponentials.
 
     Overwrites the scores.
     """
-    p_XRC = scores_XMC[:, :rows]
-    top = p_XRC.amax(-1, keepdim=True)
-    sums = p_XRC.sub_(top).exp_().unflatten(-1, (-1, KEYS)).sum(-1)
+    top = scores_XMC.amax(-1, keepdim=True)
+    top = top if sinks_XM1 is None else torch.maximum(top, sinks_XM1)
+    sums = scores_XMC.sub_(top).exp_().unflatten(-1, (-1, KEYS)).sum(-1)
     sums = sums if sums.shape[-1] == 1 else sums.cumsum(-1)[..., -1:]
+    sums = sums if sinks_XM1 is None else sums + (sinks_XM1 - top).exp()
     parts = zip(scores_XMC.split(KEYS, dim=-1), values_XCD.split(KEYS, dim=1), strict=True)
     outputs = torch.bmm(*next(parts))
     for part in parts:
-        outputs.baddbmm_(*part)
-    return outputs[:, :rows] / sums, top, sums
+        outputs += torch.bmm(*part)  # what a product is added to must not be part of it: pages are added up the same
+    return outputs / sums, top, sums

@@ -26,7 +26,7 @@ from knapper.engine.layers.routing import Dispatch
 
 class ExpertLinears:
     """W (E, O, I), of each expert `parts` stacked, frozen; computed in `dtype`. `each`: without grouped products a
-    linear for each expert; with them `w_EOI` is all.
+    linear for each expert; with them `w_EOI` is all. `bias_EO`: in `dtype`, where experts have one.
     """
 
     def __init__(
@@ -35,18 +35,23 @@ class ExpertLinears:
         dtype: torch.dtype,
         exactness: Exactness,
         joined_EOI: Tensor | None = None,
+        bias_EO: Tensor | None = None,
     ) -> None:
         """`experts`: the parts of each. `joined_EOI`: of which they are views."""
         self.dtype, self.exactness = dtype, exactness
         self.widths = tuple(len(part) for part in experts[0])
         self.outputs, self.inputs = sum(self.widths), experts[0][0].shape[1]
         self.grouped = has_grouped_products(experts[0][0].device, dtype)
-        self._experts = len(experts)
+        self._experts, self.bias_EO = len(experts), bias_EO
         self.each: tuple[FrozenLinear, ...] = ()
         if self.grouped:
             self.w_EOI = _stacked(experts, dtype) if joined_EOI is None else joined_EOI.to(dtype)
         else:  # at once: adapters are probed on all that they may enter
             self.each = tuple(FrozenLinear(parts, dtype, exactness=exactness) for parts in experts)
+
+    def biased(self, y_SO: Tensor, dispatch: Dispatch) -> Tensor:
+        """With each slot's bias, where experts have one: added by itself, as kernels of few rows add it elsewhere."""
+        return y_SO if self.bias_EO is None else y_SO + self.bias_EO.index_select(0, dispatch.experts_S)
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +104,7 @@ def by_groups(
     names: Sequence[str], x_SI: Tensor, linears: ExpertLinears, dispatch: Dispatch, loras: Sequence[Lora]
 ) -> tuple[Tensor, ...]:
     """`adapted` by grouped products. The adapters' are in the base's dtype, as the kernels are."""
-    y_SO = _grouped(x_SI, linears.w_EOI, dispatch.ends(dispatch.adapters + 1))
+    y_SO = linears.biased(_grouped(x_SI, linears.w_EOI, dispatch.ends(dispatch.adapters + 1)), dispatch)
     outputs = list(y_SO.split(linears.widths, dim=1))
     if any(name in lora.a for lora in loras for name in names):
         ends_G = dispatch.ends(1)
@@ -168,7 +173,8 @@ class _Looped(torch.autograd.Function):
         x_SI: Tensor,
         *matrices: Tensor,
     ) -> tuple[Tensor, ...]:
-        y_SO = torch.cat([linears.each[one.expert](x_SI[one.start : one.stop]) for one in dispatch.expert_spans])
+        each = [linears.each[one.expert](x_SI[one.start : one.stop]) for one in dispatch.expert_spans]
+        y_SO = linears.biased(torch.cat(each), dispatch)
         outputs: tuple[Tensor, ...] = y_SO.split(linears.widths, dim=1)
         lows = [span.rows.add(outputs, x_SI, *span.pair(matrices), linears.exactness) for span in spans]
         ctx.linears, ctx.dispatch, ctx.spans = linears, dispatch, spans

@@ -14,16 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.layers import delta_rule, gradient
+from knapper.engine.layers import delta_rule, elementwise, gradient
 from knapper.engine.layers.delta_rule import ChunkState, Rows, Solve
 from knapper.engine.layers.recurrence import Convolution, PackedRows, State, Stops, stops
 from knapper.engine.models.layer import CHUNK_ROWS, GatedDelta
 from knapper.engine.transfer import to_device
 
 _NORM_EPS: Final = 1e-6  # of queries and keys; config.json does not state it
-# exp and its like are computed in whole registers or one number at a time, which may differ in the last bit: filled up
-# to so many, a row of heads begins and ends with a register, whichever thread computes it.
-_HEADS_MULTIPLE: Final = 64
 
 
 @dataclass(frozen=True)
@@ -103,11 +100,10 @@ class GatedDeltaRecurrence:
     def _rows(self, convolved_NX: Tensor, b_NH: Tensor, a_NH: Tensor) -> Rows:
         """q and k (N, G, D), v (N, H, E), g and beta (N, H)."""
         facts = self.facts
-        active = F.silu(convolved_NX)
+        active = elementwise.silu(convolved_NX)
         q, k, v = active.split((facts.key_width, facts.key_width, facts.value_width), dim=1)
         q, k = (_unit(x.unflatten(1, (facts.key_heads, -1))) for x in (q, k))
-        gates = F.softplus(_filled(a_NH + self.bias_H))[:, : facts.value_heads]
-        beta = torch.sigmoid(_filled(b_NH))[:, : facts.value_heads]
+        gates, beta = elementwise.softplus(a_NH + self.bias_H), elementwise.sigmoid(b_NH)
         q = q * facts.key_dim**-0.5
         return Rows(q, k, v.unflatten(1, (facts.value_heads, -1)), -self.decay_H * gates, beta)
 
@@ -198,7 +194,3 @@ def _kept(states: Sequence[ChunkState], layout: ChunkLayout, rows: PackedRows) -
 def _unit(x: Tensor) -> Tensor:
     """Of length one: x / sqrt(sum(x^2) + eps)."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _NORM_EPS)
-
-
-def _filled(x_NH: Tensor) -> Tensor:
-    return F.pad(x_NH, (0, -x_NH.shape[1] % _HEADS_MULTIPLE))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knapper.engine.layers import elementwise
 from knapper.engine.models.mlp import Groups, Routing
 
 
@@ -20,13 +21,18 @@ def routed(logits_NE: Tensor, routing: Routing, correction_E: Tensor | None = No
     """Weights (N, K) in float32, differentiable in the logits, and the experts that they are of, int64 (N, K)."""
     if routing.groups is not None:
         assert correction_E is not None
-        weights_NK, experts_NK = _by_groups(logits_NE.float().sigmoid(), correction_E, routing, routing.groups)
+        weights_NK, experts_NK = _by_groups(
+            elementwise.sigmoid(logits_NE.float()), correction_E, routing, routing.groups
+        )
     else:
         weights_NK, experts_NK = _by_softmax(logits_NE, routing)
     return (weights_NK if routing.scale == 1.0 else weights_NK * routing.scale), experts_NK
 
 
 def _by_softmax(logits_NE: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    if routing.biased:  # gpt-oss chooses by the logits themselves, two of which may have one probability
+        chosen_NK, experts_NK = logits_NE.float().topk(routing.active)
+        return chosen_NK.softmax(-1), experts_NK
     probabilities_NE = logits_NE.float().softmax(-1)
     chosen_NK, experts_NK = probabilities_NE.topk(routing.active)
     if not routing.renormalised:
@@ -78,6 +84,11 @@ class Dispatch:
         """`numbers_N`: each row's adapter, `adapters` for the base model."""
         keys_S, order_S = (experts_NK * (adapters + 1) + numbers_N[:, None]).flatten().sort(stable=True)
         return cls(experts, adapters, experts_NK.shape[1], order_S, keys_S)
+
+    @cached_property
+    def experts_S(self) -> Tensor:
+        """Each slot's expert."""
+        return self.keys_S // (self.adapters + 1)
 
     @cached_property
     def places_S(self) -> Tensor:

@@ -20,9 +20,10 @@ from knapper.engine.transfer import to_device
 
 
 def computes(rows_NHD: Tensor, scores: ScoreRule) -> bool:
-    """Whether the kernel takes these rows: of 16 bits, on a GPU, without a cap on scores."""
+    """Whether the kernel takes these rows: of 16 bits, on a GPU, without a cap on scores or sinks."""
     on_gpu = rows_NHD.device.type not in ("cpu", "mps")
-    return on_gpu and scores.cap is None and rows_NHD.dtype in (torch.bfloat16, torch.float16)
+    plain = scores.cap is None and scores.sinks_H is None
+    return on_gpu and plain and rows_NHD.dtype in (torch.bfloat16, torch.float16)
 
 
 class VarlenAttention:

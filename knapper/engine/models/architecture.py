@@ -10,35 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from knapper import limits
+from knapper.engine.models import packed
 from knapper.engine.models.fields import Raw, UnsupportedModel, number, optional, size
-from knapper.engine.models.layer import PRE_NORMS, Layer, Mixer, Norms, QkNorm, Recurrent, ScoreRule, SelfAttention
-from knapper.engine.models.mlp import (
-    PLAIN_EXPERTS,
-    PLAIN_MLP,
-    Activation,
-    GatedMlp,
-    Groups,
-    Mixture,
-    MixtureNames,
-    Routing,
-    mlp_names,
+from knapper.engine.models.layer import (
+    PRE_NORMS,
+    Attention,
+    LatentAttention,
+    Layer,
+    Mixer,
+    Norms,
+    QkNorm,
+    Recurrent,
+    ScoreRule,
+    SelfAttention,
 )
-from knapper.engine.models.rotary import FULL, SLIDING, LayerType, RopeRule, served_context
-from knapper.errors import UserError
+from knapper.engine.models.mixture_rule import Bias, Layers, MixtureRule, always, never, no_layer
+from knapper.engine.models.mlp import PLAIN_MLP, Activation, GatedMlp, Mixture, Routing
+from knapper.engine.models.rotary import FULL, SLIDING, LayerType, Rope, RopeRule, served_context
 
 Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
-Bias = Callable[[Raw], bool]
-Layers = Callable[[Raw, int], bool]  # whether it holds for a layer, by its number
 ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-def never(raw: Raw) -> bool:  # noqa: ARG001  one of the rules for a bias
-    return False
-
-
-def always(raw: Raw) -> bool:  # noqa: ARG001  one of the rules for a bias
-    return True
 
 
 def by_option(raw: Raw) -> bool:
@@ -50,14 +41,6 @@ def by_default(raw: Raw) -> bool:
     return bool(raw.get("attention_bias", True))
 
 
-def no_layer(raw: Raw, index: int) -> bool:  # noqa: ARG001  one of the rules for layers
-    return False
-
-
-def every_layer(raw: Raw, index: int) -> bool:  # noqa: ARG001  one of the rules for layers
-    return True
-
-
 def by_norm_topk_prob(raw: Raw) -> bool:
     return bool(raw.get("norm_topk_prob", False))
 
@@ -66,15 +49,11 @@ def mlp_bias(raw: Raw) -> str:
     return "mlp_bias" if raw.get("mlp_bias", False) else ""
 
 
-def quantization(raw: Raw) -> str:
-    return "" if raw.get("quantization_config") is None else "quantized weights (quantization_config)"
-
-
 def bidirectional(raw: Raw) -> str:
     return "use_bidirectional_attention" if raw.get("use_bidirectional_attention") else ""
 
 
-OPTIONS: Final[tuple[Option, ...]] = (mlp_bias, quantization)
+OPTIONS: Final[tuple[Option, ...]] = (mlp_bias, packed.refusal)
 
 
 @dataclass(frozen=True)
@@ -127,59 +106,6 @@ def one(raw: Raw, path: Path) -> float:  # noqa: ARG001  the multiplier of most 
 Factor = Callable[[Raw, Path], float]
 
 
-# An architecture's own name, or transformers' for all.
-_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-@dataclass(frozen=True)
-class MixtureRule:
-    """Where config.json has a mixture's sizes, and which layers have one.
-
-    `width`: the field of an expert's inner size. `renormalised`: whether the weights of a row's experts are divided by
-    their sum. `grouped`: experts are chosen by groups, and each row takes shared ones too. `shared_width`: the field of
-    the inner size of a shared one, without groups. `dense`: layers with a plain MLP.
-    """
-
-    renormalised: Bias
-    grouped: bool = False
-    width: str = "moe_intermediate_size"
-    shared_width: str | None = None
-    dense: Layers = no_layer
-    names: MixtureNames = PLAIN_EXPERTS
-
-    def read(self, raw: Raw, path: Path, activation: Activation) -> Mixture:
-        name = next((field for field in _EXPERTS if field in raw), _EXPERTS[0])
-        experts, active = size(raw, name, path), size(raw, "num_experts_per_tok", path)
-        if experts > limits.model_experts_max:
-            raise UserError(f"{path}: {name} is {experts}; allowed: at most {limits.model_experts_max}")
-        if active > experts:
-            raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, and there are {experts} experts")
-        width = size(raw, self.width, path)
-        if not self.grouped:
-            routing, field = Routing(experts, active, self.renormalised(raw)), self.shared_width
-            wide = None if field is None else GatedMlp(size(raw, field, path), activation, names=self._shared_names)
-            return Mixture(width, routing, activation, self.names, wide)
-        groups = Groups(size(raw, "n_group", path, 1), size(raw, "topk_group", path, 1))
-        if experts % groups.count or experts // groups.count < 2 or groups.active > groups.count:
-            raise UnsupportedModel(
-                f"{path}: n_group is {groups.count}, and topk_group {groups.active}, of {experts} experts"
-            )
-        if active > experts // groups.count * groups.active:
-            raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, more than are in {groups.active} groups")
-        scale = number(raw, "routed_scaling_factor", path, 1.0)
-        shared = GatedMlp(width * size(raw, "n_shared_experts", path, 1), activation, names=self._shared_names)
-        routing = Routing(experts, active, self.renormalised(raw), groups, scale)
-        return Mixture(width, routing, activation, self.names, shared)
-
-    @property
-    def has_shared(self) -> bool:
-        return self.grouped or self.shared_width is not None
-
-    @property
-    def _shared_names(self) -> tuple[str, str, str]:
-        return mlp_names(self.names.shared)
-
-
 @dataclass(frozen=True)
 class RecurrentLayers:
     """Layers with another mixer than attention. `read`: a layer's, or None for one with attention; `like`: one of their
@@ -229,14 +155,15 @@ class Architecture:
     """One `model_type`. `models`: well-known ones, for docs/models.md.
 
     `qk_normed`: when there are these norms. `qkv_bias`, `output_bias`: when q, k, v and o have biases. `fused_qkv`,
-    `fused_gate_up`: these linears are one in the file. `gated_attention`: a gate for each head's output.
-    `without_positions`: layers that do not rotate queries and keys. `activation_field`: where config.json names the
-    MLP's; `gelu`: which it means by "gelu". `attention_scale`: of q k; None: the root of a head's width, inverted.
-    `caps`: config.json may cap scores and logits, where it is silent at `attention_cap` and `logits_cap`. `residual`,
-    `embedding`, `logits`: what multiplies a layer's outputs and embeddings, and divides logits. `recurrent`: layers
-    without attention. `mixture`: experts in place of MLPs; None: a dense model. `mlp_width`: of the MLP, `ties_by`:
-    whether the head is the embedding, where config.json says it in another way. `refused`: options to check.
-    `activation`, `head_dim`, `rms_eps`, `tied`: what a config.json that is silent about them means.
+    `fused_gate_up`: these linears are one in the file. `gated_attention`: a gate for each head's output. `sinks`: a
+    score beside those of its keys. `without_positions`: layers that do not rotate queries and keys. `activation_field`:
+    where config.json names the MLP's; `gelu`: which it means by "gelu". `attention_scale`: of q k; None: the root of a
+    head's width, inverted. `caps`: config.json may cap scores and logits, where it is silent at `attention_cap` and
+    `logits_cap`. `residual`, `embedding`, `logits`: what multiplies a layer's outputs and embeddings, and divides
+    logits. `recurrent`: layers without attention. `mixture`: experts in place of MLPs; None: a dense model.
+    `mlp_width`: of the MLP, `ties_by`: whether the head is the embedding, where config.json says it in another way.
+    `refused`: options to check. `activation`, `head_dim`, `rms_eps`, `tied`: what a config.json that is silent about
+    them means.
     """
 
     model_type: str
@@ -249,6 +176,8 @@ class Architecture:
     fused_gate_up: bool = False
     mixture: MixtureRule | None = None
     gated_attention: bool = False
+    sinks: bool = False
+    latent: Callable[[Raw, Path], LatentAttention] | None = None
     norms: Norms = PRE_NORMS
     norm: NormRule = PLAIN_NORM
     windows: Windows = NO_WINDOWS
@@ -272,6 +201,7 @@ class Architecture:
     head_dim: int | None = None
     rms_eps: float = 1e-6
     tied: bool = False
+    also_named: tuple[str, ...] = ()
 
     def refusal(self, raw: Raw) -> str:
         """The first option of config.json that the decoder does not compute; empty if it computes all."""
@@ -283,7 +213,8 @@ class Architecture:
 
     def context(self, raw: Raw, path: Path) -> int:
         """Tokens of the longest text."""
-        ropes = self.rope.read(raw, path, self._head_dim(raw, path))
+        width = self._head_dim(raw, path) if self.latent is None else self.latent(raw, path).rope_dim
+        ropes = self.rope.read(raw, path, width)
         return served_context(size(raw, "max_position_embeddings", path), raw, ropes, path)
 
     def extra_layers(self, raw: Raw, path: Path) -> int:
@@ -310,7 +241,9 @@ class Architecture:
             return self.mixture.read(raw, path, activation)
         return GatedMlp(self.mlp_width(raw, path), activation, self.fused_gate_up, self.names.mlp)
 
-    def _attention(self, raw: Raw, path: Path, index: int) -> SelfAttention:
+    def _attention(self, raw: Raw, path: Path, index: int) -> Attention:
+        if self.latent is not None:
+            return self.latent(raw, path)
         heads = size(raw, "num_attention_heads", path)
         kv_heads = size(raw, "num_key_value_heads", path, heads)
         if heads % kv_heads:
@@ -331,6 +264,7 @@ class Architecture:
             output_bias=self.output_bias(raw),
             fused=self.fused_qkv,
             gated=self.gated_attention,
+            sinks=self.sinks,
             output_name=self.names.output,
             norm_names=self.names.qk_norms,
         )
@@ -353,11 +287,14 @@ class Architecture:
         parts = {
             "" if self.recurrent is None else self.recurrent.described: self.recurrent is not None,
             "gated attention": self.gated_attention,
+            "attention with sinks": self.sinks,
+            "latent attention": self.latent is not None,
             f"norms of q and k by {self.qk_norm}": self.qk_norm is not None,
             "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
             "norms before and after attention and MLP": self.norms.mixer_output is not None
             and self.norms.mixer_input is not None,
-            "experts": self.mixture is not None and not self.mixture.has_shared,
+            "experts": self.mixture is not None and not self.mixture.has_shared and not self.mixture.biased,
+            "experts with biases and clamped activations": self.mixture is not None and self.mixture.biased,
             "experts, beside a shared one": self.mixture is not None and self.mixture.shared_width is not None,
             "experts, chosen by groups, beside a shared one": self.mixture is not None and self.mixture.grouped,
             "windows": self.windows != NO_WINDOWS,
@@ -372,15 +309,17 @@ class Architecture:
             "scaled scores": self.attention_scale is not None,
             "scaled layers and logits": self.residual is not one,
             "biases on q, k and v": self.qkv_bias is always,
-            "biases on q, k and v by `attention_bias`": self.qkv_bias is by_default,
-            "biases on q, k, v and o by `attention_bias`": self.output_bias is by_option,
+            "biases on q, k and v by `attention_bias`": self.qkv_bias is by_default and self.output_bias is never,
+            "biases on q, k, v and o by `attention_bias`": self.output_bias is not never and self.latent is None,
         }
         return "; ".join(part for part, has in parts.items() if has) or "nothing"
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The linears of its layers that take LoRA, in the adapter's order."""
-        attention = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv, output_name=self.names.output)
+        plain_one = SelfAttention(1, 1, 1, ScoreRule(1.0), None, fused=self.fused_qkv, output_name=self.names.output)
+        latent_one = LatentAttention(1, 1, 1, 1, 2, 1, ScoreRule(1.0), Rope(1.0, 2))
+        attention = plain_one if self.latent is None else latent_one
         recurrent = () if self.recurrent is None else self.recurrent.like.linears(1)
         plain = GatedMlp(1, fused=self.fused_gate_up, names=self.names.mlp)
         mlp: GatedMlp | Mixture = plain

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.layers import experts, rope
+from knapper.engine.layers import elementwise, experts, rope
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.attention import Attend
 from knapper.engine.layers.experts import ExpertLinears
@@ -21,8 +21,8 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.recurrence import Convolution
 from knapper.engine.layers.rope import CosSin
 from knapper.engine.layers.routing import Dispatch, combined, routed, spread
-from knapper.engine.models.layer import GatedDelta, SelfAttention
-from knapper.engine.models.mlp import Activation, GatedMlp, Mixture
+from knapper.engine.models.layer import GatedDelta, LatentAttention, SelfAttention
+from knapper.engine.models.mlp import Activation, ClampedSwish, GatedMlp, Mixture
 from knapper.engine.models.rotary import Rope
 
 
@@ -102,7 +102,7 @@ class AttentionBlock:
             q, k = (rope.rotated(x, rows.cos_sin[facts.rope], facts.rope) for x in (q, k))
         o = rows.attend(self.index, *(x.to(rows.attention_dtype) for x in (q, k, v)), scores=facts.scores)
         o = o.to(x_NH.dtype)
-        return self.o(o if gate is None else o * torch.sigmoid(gate), rows.adapt)[0]
+        return self.o(o if gate is None else o * elementwise.sigmoid(gate), rows.adapt)[0]
 
     def _separate(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         facts = self.facts
@@ -116,6 +116,48 @@ class AttentionBlock:
     @property
     def linears(self) -> tuple[FrozenLinear, ...]:
         return self.qkv.linear, self.o.linear
+
+
+@dataclass(frozen=True)
+class LatentBlock:
+    """`index`: as of `AttentionBlock`. `inputs`: of the residual; `queries` and `keys_values`: of the latents."""
+
+    facts: LatentAttention
+    index: int
+    inputs: Sites
+    queries: Sites | None
+    keys_values: Sites
+    o: Sites
+    q_norm: RmsNorm | None
+    kv_norm: RmsNorm
+
+    def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
+        facts, adapt = self.facts, rows.adapt
+        q, latents = self.inputs(x_NH, adapt)
+        if self.queries is not None and self.q_norm is not None:
+            (q,) = self.queries(self.q_norm(q), adapt)
+        latent, turning = latents.split((facts.kv_rank, facts.rope_dim), dim=1)
+        (kv,) = self.keys_values(self.kv_norm(latent), adapt)
+        q, kv = (x.unflatten(1, (facts.heads, -1)) for x in (q, kv))
+        k, v = kv.split((facts.plain_dim, facts.value_dim), dim=2)
+        q = self._joined(q[..., : facts.plain_dim], q[..., facts.plain_dim :], rows)
+        k = self._joined(k, turning[:, None], rows)
+        o = rows.attend(self.index, *(self._wide(x, rows.attention_dtype) for x in (q, k, v)), scores=facts.scores)
+        o = o.unflatten(1, (facts.heads, -1))[..., : facts.value_dim].flatten(1)
+        return self.o(o.to(x_NH.dtype), adapt)[0]
+
+    def _joined(self, plain_NHD: Tensor, turning_NHD: Tensor, rows: PassRows) -> Tensor:
+        """With the rotated part, which may be one for all heads."""
+        turned = rope.rotated(turning_NHD, rows.cos_sin[self.facts.rope], self.facts.rope)
+        return torch.cat([plain_NHD.float(), turned.expand(-1, self.facts.heads, -1)], dim=2)
+
+    def _wide(self, x_NHD: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.pad(x_NHD.to(dtype), (0, self.facts.head_dim - x_NHD.shape[2]))
+
+    @property
+    def linears(self) -> tuple[FrozenLinear, ...]:
+        inner = () if self.queries is None else (self.queries.linear,)
+        return (self.inputs.linear, *inner, self.keys_values.linear, self.o.linear)
 
 
 @dataclass(frozen=True)
@@ -146,7 +188,7 @@ class GatedMlpBlock:
     def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
         parts = self.gate_up(x_NH, rows.adapt)
         gate, up = parts[0].chunk(2, dim=1) if self.facts.fused else parts
-        return self.down(_activated(gate, self.facts.activation) * up, rows.adapt)[0]
+        return self.down(_gated(gate, up, self.facts.activation), rows.adapt)[0]
 
     @property
     def linears(self) -> tuple[FrozenLinear, ...]:
@@ -174,13 +216,14 @@ class MixtureBlock:
         weights_NK, experts_NK = routed(logits_NE, routing, self.correction_E)
         numbers_N = adapt.numbers(len(x_NH), x_NH.device)
         dispatch = Dispatch.of(experts_NK, routing.experts, numbers_N, len(adapt.loras))
-        gate, up = self.gate_up(spread(x_NH, dispatch), dispatch, adapt)
-        (y_SH,) = self.down(_activated(gate, self.facts.activation) * up, dispatch, adapt)
+        parts = self.gate_up(spread(x_NH, dispatch), dispatch, adapt)
+        gate, up = (parts[0][:, ::2], parts[0][:, 1::2]) if self.facts.names.whole else parts
+        (y_SH,) = self.down(_gated(gate, up, self.facts.activation), dispatch, adapt)
         y_NH = combined(y_SH, weights_NK, dispatch)
         if self.shared is None:
             return y_NH
         shared_NH = self.shared(x_NH, rows)
-        return y_NH + (torch.sigmoid(gates[0]) * shared_NH if gates else shared_NH)
+        return y_NH + (elementwise.sigmoid(gates[0]) * shared_NH if gates else shared_NH)
 
     @property
     def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:
@@ -188,8 +231,11 @@ class MixtureBlock:
         return self.router.linear, self.gate_up.linears, self.down.linears, *shared
 
 
-def _activated(x: Tensor, activation: Activation) -> Tensor:
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+def _gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    if isinstance(activation, ClampedSwish):
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return (up + 1) * (gate * elementwise.sigmoid(gate * activation.alpha))
+    return (elementwise.silu(gate) if activation == "silu" else elementwise.gelu_tanh(gate)) * up
 
 
 @dataclass(frozen=True)
@@ -207,7 +253,7 @@ class DeltaBlock:
         mixed, z, b, a = self._separate(self.inputs(x_NH, rows.adapt))
         y_NY, _ = rows.attend.recur(self.index, self.recurrence, torch.cat([mixed, b, a], dim=1).float())
         y_NHE = self.norm(y_NY.unflatten(1, (self.facts.value_heads, -1)).to(x_NH.dtype))
-        gated = y_NHE.flatten(1) * F.silu(z.float())
+        gated = y_NHE.flatten(1) * elementwise.silu(z.float())
         return self.output(gated.to(x_NH.dtype), rows.adapt)[0]
 
     def _separate(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -228,7 +274,7 @@ class DeltaBlock:
 
 
 # The kinds that a layer may have: another is a type of these unions.
-Mixer = AttentionBlock | ConvolutionBlock | DeltaBlock
+Mixer = AttentionBlock | LatentBlock | ConvolutionBlock | DeltaBlock
 Mlp = GatedMlpBlock | MixtureBlock
 
 

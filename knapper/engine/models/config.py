@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from knapper import limits
-from knapper.engine.models.architecture import PLAIN_NORM, NormRule
+from knapper.engine.models.architecture import PLAIN_NORM, Architecture, NormRule
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
 from knapper.engine.models.gaps import MISSING
-from knapper.engine.models.layer import Layer, Recurrent, SelfAttention
+from knapper.engine.models.layer import Attention, Layer, Recurrent
 from knapper.engine.models.linear_shape import Part, expert_names
 from knapper.engine.models.mlp import Mixture
+from knapper.engine.models.packed import Packing, refusal
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
-from knapper.errors import NotFound, UserError
+from knapper.errors import InvalidField, NotFound, UserError
 
 ComputedBy = Literal["native", "transformers"]
 HEAD: Final = "lm_head"
@@ -28,7 +29,7 @@ class LoraTarget:
     `peft_target` its name in PEFT's target_modules. `experts`: it is so many linears, each with a pair of its own, and
     `module` has {} for an expert's number. `peft_parameter`: its weight's name in PEFT's target_parameters, for one
     that is not in target_modules: of a mixture PEFT takes the short name of an MLP's linears for that of the experts',
-    and of some types it does not know that their experts are joined.
+    and of some types it does not know that their experts are joined. `whole`: `module` names all experts, as PEFT does.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LoraTarget:
     peft_target: str
     experts: int | None = None
     peft_parameter: str = ""
+    whole: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -75,13 +77,21 @@ class Facts(Protocol):
     def lora_targets(self) -> tuple[LoraTarget, ...]: ...
 
 
+def bounded_context(context: int, setting: int) -> int:
+    """Tokens that are served of a model's own `context`; 0: all. Raises InvalidField for more than it has."""
+    if setting > context:
+        raise InvalidField("KNAPPER_CONTEXT", setting, f"up to {context}, the model's own context; 0 takes all of it")
+    return setting or context
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only model. Sizes in elements; `context` in tokens; `eos` token ids that end a text.
 
     `embedding_scale` multiplies embeddings, `logits_scale` logits; `logits_cap`: l becomes cap tanh(l / cap).
     `body`: the decoder's place in transformers' model; `final_norm`: the last norm's, in a model of text alone.
-    `extra_layers`: that the file may have behind these, to predict further tokens; they are left out.
+    `extra_layers`: that the file may have behind these, to predict further tokens; they are left out. `packing`: how
+    the files have weights in few bits; None: they have none.
     """
 
     model_type: str
@@ -99,6 +109,7 @@ class ModelConfig:
     body: str = "model"
     final_norm: str = "model.norm"
     extra_layers: int = 0
+    packing: Packing | None = None
 
     @cached_property
     def lora_targets(self) -> tuple[LoraTarget, ...]:
@@ -114,6 +125,7 @@ class ModelConfig:
                 shape.experts,
                 peft_parameter=shape.joined
                 or (f"{shape.module}.weight" if mixed and shape.part == "mlp" and not shape.experts else ""),
+                whole=shape.whole,
             )
             for index, layer in enumerate(self.layers)
             for shape in layer.linears(self.hidden)
@@ -136,14 +148,14 @@ class ModelConfig:
         return len(self.attention), *shape
 
     @cached_property
-    def attention(self) -> tuple[SelfAttention, ...]:
+    def attention(self) -> tuple[Attention, ...]:
         """Of the layers that have it; each keeps keys and values of the same shape."""
-        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, SelfAttention))
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention))
 
     @cached_property
     def recurrent(self) -> tuple[Recurrent, ...]:
         """Of the layers that have none: each keeps a state of its own."""
-        return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, SelfAttention))
+        return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention))
 
     @property
     def state_numbers(self) -> int:
@@ -174,7 +186,7 @@ class ModelConfig:
         path = directory / "config.json"
         _expect_few_layers(raw, path)
         _expect_whole(raw, directory)
-        architecture = ARCHITECTURES.get(str(raw.get("model_type")))
+        architecture = architecture_of(raw.get("model_type"))
         if architecture is None:
             names = ", ".join(map(str, listed(raw.get("architectures")))) or "?"
             raise UnsupportedModel(
@@ -198,7 +210,14 @@ class ModelConfig:
             logits_scale=1 / architecture.logits(raw, path),
             logits_cap=architecture.cap(raw, path),
             extra_layers=architecture.extra_layers(raw, path),
+            packing=Packing.read(raw, path),
         )
+
+
+def architecture_of(model_type: object) -> Architecture | None:
+    """The row of a model_type, or of another name that files have for it."""
+    named = {name: row for row in ARCHITECTURES.values() for name in row.also_named}
+    return ARCHITECTURES.get(str(model_type)) or named.get(str(model_type))
 
 
 def composite_of(raw: Raw) -> Composite | None:
@@ -228,13 +247,16 @@ def end_tokens(raw: Mapping[str, Any], directory: Path) -> tuple[int, ...]:
 
 
 def expect_text_model(raw: Mapping[str, Any], directory: Path) -> None:
-    """Raises UnsupportedModel unless it is a decoder-only text model with weights in floating point, UnsupportedText
+    """Raises UnsupportedModel unless it is a decoder-only text model with weights that can be read, UnsupportedText
     for one that is known to be computed in part only.
     """
     _expect_whole(raw, directory)
+    native = architecture_of(raw.get("model_type")) is not None or composite_of(raw) is not None
+    packed = raw.get("quantization_config") is not None and not native
+    quantized = refusal(raw) or ("quantized weights, which are read of native types alone" if packed else "")
     for refused, reason in (
         (raw.get("is_encoder_decoder"), "it is an encoder-decoder; served: decoder-only language models"),
-        (raw.get("quantization_config") is not None, "its weights are quantized; use the unquantized model"),
+        (bool(quantized), f"it has {quantized}; use the unquantized model"),
         (
             composite_of(raw) is None and ("vision_config" in raw or "audio_config" in raw),
             "it takes more than text; use its text-only model",

@@ -6,16 +6,12 @@ The source is transformers' `modeling_<model_type>.py`, and the published config
 from collections.abc import Mapping
 from typing import Final
 
-_LATENT: Final = "latent attention (MLA)"
 _FUSED: Final = "experts that are one tensor in the file"
 
 MISSING: Final[Mapping[str, str]] = {
-    "deepseek_v3": f"{_LATENT} and weights in fp8",
     "deepseek_v4": "attention over compressed keys",
-    "glm_moe_dsa": f"{_LATENT} over keys that an index chooses",
-    "gpt_oss": "attention with sinks, experts with biases and clamped activations, and weights in mxfp4",
-    "kimi_k2": f"{_LATENT}, and experts in four bits",
-    "kimi_k25": f"{_LATENT}, and experts in four bits",
+    "glm_moe_dsa": "attention over keys that an index chooses",
+    "kimi_k25": "experts in four bits of another format (compressed-tensors)",
     "lfm2_moe": "experts in place of MLPs, beside its convolutions",
     "nemotron_h": "layers with a state (Mamba 2), and experts in place of MLPs",
     "qwen3_vl_moe": _FUSED,

@@ -1,17 +1,20 @@
 """What a layer is made of: the facts from which its adapters' sites, its tensors and its memory follow. Loads no torch.
 
-A layer is a mixer of rows and an MLP (`mlp`), each between norms. Mixers: `SelfAttention`, `ShortConvolution`,
-`GatedDelta`. Another kind is a class that lists its linears, and its computation in `blocks`.
+A layer is a mixer of rows and an MLP (`mlp`), each between norms. Mixers: `SelfAttention`, `LatentAttention`,
+`ShortConvolution`, `GatedDelta`. Another kind is a class that lists its linears, and its computation in `blocks`.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
 
 from knapper.engine.models.linear_shape import LinearShape, Shape
 from knapper.engine.models.mlp import GatedMlp, Mixture
 from knapper.engine.models.rotary import Rope
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QkNorm = Literal["head", "width"]
 CHUNK_ROWS: Final = 32  # of the delta rule: fewer take more steps over its memory, more a larger state
@@ -22,19 +25,23 @@ class ScoreRule:
     """How keys are weighted: the softmax of `scale` q k, over the last `window` keys (the row's own is one; None: all).
 
     `cap`: s becomes cap tanh(s / cap) before the softmax. Source: Gemma 2, arXiv 2408.00118, section 2.
+    `sinks_H`: a score of each head, float32, that takes its part of the softmax and has no value; None until the
+    weights are loaded, and in layers without `SelfAttention.sinks`. Source: arXiv 2309.17453, section 3.3.
     """
 
     scale: float
     window: int | None = None
     cap: float | None = None
+    sinks_H: "Tensor | None" = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class SelfAttention:
     """Causal attention. `rope`: None leaves queries and keys unrotated. `qk_norm`: an RMS norm of queries and keys
     before rotation, by head or over all heads at once. `fused`: the file has q, k and v as one linear, with one
-    adapter. `gated`: beside its queries each head has a gate, whose sigmoid multiplies its output. `output_name`,
-    `norm_names`: the modules of the output and of the norms.
+    adapter. `gated`: beside its queries each head has a gate, whose sigmoid multiplies its output. `sinks`: each head
+    has a frozen score beside those of its keys. `output_name`, `norm_names`: the modules of the output and of the
+    norms.
     """
 
     heads: int
@@ -47,6 +54,7 @@ class SelfAttention:
     output_bias: bool = False
     fused: bool = False
     gated: bool = False
+    sinks: bool = False
     output_name: str = "o_proj"
     norm_names: tuple[str, str] = ("q_norm", "k_norm")
 
@@ -90,11 +98,89 @@ class SelfAttention:
 
     def tensors(self, hidden: int) -> Mapping[str, Shape]:  # noqa: ARG002  as of other mixers
         """Name and shape of what is neither a linear nor a norm."""
-        return {}
+        return {"self_attn.sinks": (self.heads,)} if self.sinks else {}
 
     def numbers_of_row(self, hidden: int) -> int:
         """Numbers that a row leaves for the backward pass, beside most of those of the residual's width."""
         return (5 if self.gated else 2) * self.q_width + 2 * self.kv_width + hidden
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Causal attention whose queries, keys and values come through narrow layers (MLA): arXiv 2405.04434, section 2.1.
+
+    Of a head's queries and keys `plain_dim` elements are not rotated; the other `rope_dim` of a key are one for all
+    heads. `q_rank`: None: queries come of the residual itself. Keys and values are kept as wide as they are computed
+    with, values and keys equally wide: what one lacks is zeros. `biased`: the linears of the residual and the output.
+    """
+
+    heads: int
+    q_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+    scores: ScoreRule
+    rope: Rope
+    biased: bool = False
+    sinks: bool = False
+
+    @property
+    def state_shapes(self) -> tuple[Shape, ...]:
+        return ()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Of keys and values as they are kept."""
+        return max(self.plain_dim + self.rope_dim, self.value_dim)
+
+    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The linears of the residual: queries or what they come of, then what keys and values come of."""
+        queries = ("q_proj", self.q_width) if self.q_rank is None else ("q_a_proj", self.q_rank)
+        latents = "kv_a_proj_with_mqa", self.kv_rank + self.rope_dim
+        return tuple(_latent(name, hidden, width, self.biased) for name, width in (queries, latents))
+
+    def queries(self) -> LinearShape | None:
+        return None if self.q_rank is None else _latent("q_b_proj", self.q_rank, self.q_width)
+
+    def keys_and_values(self) -> LinearShape:
+        return _latent("kv_b_proj", self.kv_rank, self.heads * (self.plain_dim + self.value_dim))
+
+    def output(self, hidden: int) -> LinearShape:
+        return _latent("o_proj", self.heads * self.value_dim, hidden, self.biased)
+
+    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
+        """All, in the order of transformers' modules."""
+        (first, latents), queries = self.inputs(hidden), self.queries()
+        inner = () if queries is None else (queries,)
+        return (first, *inner, latents, self.keys_and_values(), self.output(hidden))
+
+    def norms(self) -> dict[str, int]:
+        of_queries = {} if self.q_rank is None else {"self_attn.q_a_layernorm": self.q_rank}
+        return {**of_queries, "self_attn.kv_a_layernorm": self.kv_rank}
+
+    def tensors(self, hidden: int) -> Mapping[str, Shape]:  # noqa: ARG002  as of other mixers
+        return {}
+
+    def numbers_of_row(self, hidden: int) -> int:
+        latents = (self.q_rank or 0) + self.kv_rank
+        return 4 * self.heads * self.head_dim + self.heads * self.value_dim + 4 * latents + hidden
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * (self.plain_dim + self.rope_dim)
+
+    @property
+    def kv_width(self) -> int:
+        return self.heads * self.head_dim
+
+
+def _latent(name: str, inputs: int, outputs: int, biased: bool = False) -> LinearShape:
+    return LinearShape(f"self_attn.{name}", inputs, outputs, "attention", biased)
 
 
 @dataclass(frozen=True)
@@ -205,7 +291,8 @@ class GatedDelta:
         return 2 * self.conv_width + 6 * self.value_width + hidden
 
 
-Mixer = SelfAttention | ShortConvolution | GatedDelta
+Attention = SelfAttention | LatentAttention  # the mixers that keep keys and values
+Mixer = Attention | ShortConvolution | GatedDelta
 Recurrent = ShortConvolution | GatedDelta  # the mixers with a state of fixed size in place of keys and values
 
 

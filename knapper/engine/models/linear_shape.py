@@ -11,7 +11,8 @@ Shape = tuple[int, ...]
 class LinearShape:
     """A stored linear, (inputs) -> (outputs). `module`: its name within the layer, as files have it. `experts`: there
     are so many of one shape, and `module` has {} for an expert's number. `joined`: files may
-    have those of all experts in one tensor of this name, as transformers' model has them.
+    have those of all experts in one tensor of this name, as transformers' model has them. `whole`: they have them in
+    no other way, (experts, inputs, outputs), and adapters so too: `module` names all of them.
     """
 
     module: str
@@ -21,6 +22,7 @@ class LinearShape:
     biased: bool = False
     experts: int | None = None
     joined: str | None = None
+    whole: bool = False
 
     @property
     def name(self) -> str:

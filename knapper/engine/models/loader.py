@@ -1,15 +1,16 @@
 """Loads a model directory: in native layer code if the registry has the architecture, else through transformers."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from knapper.engine.layers import batch_invariant_attention, gated_delta
+from knapper.engine.layers import gated_delta, paged_attention
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models import weights
 from knapper.engine.models.base import Model
-from knapper.engine.models.config import ModelConfig, computed_by
+from knapper.engine.models.config import ModelConfig, bounded_context, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.layer import GatedDelta
@@ -28,10 +29,13 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     exactness: Exactness | None = None,
+    context: int = 0,
 ) -> Model:
-    """The model in `directory`, in `dtype` on `device`; `exactness` records how its products keep their bits.
+    """The model in `directory`, in `dtype` on `device`; `exactness` records how its products keep their bits. Of its
+    context it serves `context` tokens; 0: all.
 
-    Raises NotFound for missing files, BrokenModel for wrong ones, UnsupportedModel for a model that neither computes.
+    Raises InvalidField for more than those, NotFound for missing files, BrokenModel for wrong ones, UnsupportedModel
+    for a model that neither computes.
     """
     try:
         config = ModelConfig.read(directory)
@@ -40,16 +44,19 @@ def load(
         from knapper.engine.models import transformers_loader
 
         try:
-            return transformers_loader.load(directory, dtype, torch.device(device))
+            model = transformers_loader.load(directory, dtype, torch.device(device))
         except UnsupportedModel as refused:
             raise UnsupportedModel(f"{refused} (not computed natively either: {not_native})") from refused
+        model.bound_context(bounded_context(model.config.context, context))
+        return model
+    config = replace(config, context=bounded_context(config.context, context))
     exactness = exactness or Exactness()
     decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
     if exactness.probes(decoder.device):
         for mixer in set(config.attention):
             sizes = mixer.heads, mixer.kv_heads, mixer.head_dim
             name = f"attention {mixer.scores}"
-            exactness.check(name, partial(batch_invariant_attention.is_invariant, *sizes, mixer.scores, decoder.device))
+            exactness.check(name, partial(paged_attention.is_invariant, *sizes, mixer.scores, decoder.device))
         for recurrent in set(config.recurrent):
             if isinstance(recurrent, GatedDelta):
                 exactness.check(f"delta rule {recurrent}", partial(gated_delta.is_invariant, recurrent, decoder.device))

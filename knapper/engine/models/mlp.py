@@ -5,7 +5,19 @@ from typing import Final, Literal
 
 from knapper.engine.models.linear_shape import LinearShape, Shape
 
-Activation = Literal["silu", "gelu_tanh"]
+
+@dataclass(frozen=True)
+class ClampedSwish:
+    """g sigmoid(alpha g) (u + 1), of a gate g of at most `limit` and an up u between -limit and limit.
+
+    Source: gpt-oss, arXiv 2508.10925, section 2, and transformers' `GptOssExperts._apply_gate`.
+    """
+
+    alpha: float
+    limit: float
+
+
+Activation = Literal["silu", "gelu_tanh"] | ClampedSwish
 
 
 def mlp_names(block: str) -> tuple[str, str, str]:
@@ -70,7 +82,7 @@ class Routing:
 
     Their outputs are weighted by these probabilities; `renormalised`: divided by the sum of the chosen ones'. `groups`:
     the scores are sigmoids, and a frozen correction is added where experts are chosen, not where they are weighted
-    (arXiv 2412.19437, section 2.1.2). `scale` multiplies the weights.
+    (arXiv 2412.19437, section 2.1.2). `scale` multiplies the weights. `biased`: the linear has a bias.
     """
 
     experts: int
@@ -78,13 +90,15 @@ class Routing:
     renormalised: bool
     groups: Groups | None = None
     scale: float = 1.0
+    biased: bool = False
 
 
 @dataclass(frozen=True)
 class MixtureNames:
     """Within the layer: the router, the linears of an expert, {} for its number, what every row goes through, and the
     linear of its weight, if it has one. `joined`: the tensors of all experts' gate and up, and of their down, in
-    architectures of which files may have them so.
+    architectures of which files may have them so. `whole`: they have them in no other way, gate and up as one linear
+    whose outputs alternate, with biases, and so have adapters.
     """
 
     router: str = "mlp.gate"
@@ -95,6 +109,7 @@ class MixtureNames:
     shared: str = "mlp.shared_experts"
     shared_gate: str | None = None
     joined: tuple[str, str] | None = None
+    whole: bool = False
 
 
 PLAIN_EXPERTS: Final = MixtureNames()
@@ -116,9 +131,13 @@ class Mixture:
 
     def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
         """The experts' linears that make gate and up, in this order."""
+        if self.names.whole:
+            return (self._whole(hidden, 2 * self.width, 0),)
         return tuple(self._of_experts(name, hidden, self.width, 0) for name in (self.names.gate, self.names.up))
 
     def output(self, hidden: int) -> LinearShape:
+        if self.names.whole:
+            return self._whole(self.width, hidden, 1)
         return self._of_experts(self.names.down, self.width, hidden, 1)
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
@@ -127,7 +146,7 @@ class Mixture:
         return (*self.inputs(hidden), self.output(hidden), *shared)
 
     def router(self, hidden: int) -> LinearShape:
-        return LinearShape(self.names.router, hidden, self.routing.experts, "mlp")
+        return LinearShape(self.names.router, hidden, self.routing.experts, "mlp", self.routing.biased)
 
     def shared_gate(self, hidden: int) -> LinearShape | None:
         name = self.names.shared_gate
@@ -146,16 +165,25 @@ class Mixture:
         """Numbers that a row leaves for the backward pass: of each of its experts, and of the router."""
         shared = 0 if self.shared is None else self.shared.numbers_of_row(hidden)
         shared += 0 if self.shared_gate(hidden) is None else hidden + 1  # what it weights, and the weight
-        return self.routing.active * (4 * self.width + 2 * hidden) + 2 * self.routing.experts + shared
+        inner = 7 if isinstance(self.activation, ClampedSwish) else 4  # its gate and up before and after the clamps
+        return self.routing.active * (inner * self.width + 2 * hidden) + 2 * self.routing.experts + shared
 
     def joined(self, hidden: int) -> dict[str, Shape]:
         """Name and shape of the tensors that have the linears of all experts, where files may have such."""
         if self.names.joined is None:
             return {}
         gate_up, down = self.names.joined
-        experts = self.routing.experts
-        return {gate_up: (experts, 2 * self.width, hidden), down: (experts, hidden, self.width)}
+        experts, width = self.routing.experts, self.width
+        if not self.names.whole:
+            return {gate_up: (experts, 2 * width, hidden), down: (experts, hidden, width)}
+        biases = {f"{gate_up}_bias": (experts, 2 * width), f"{down}_bias": (experts, hidden)}
+        return {gate_up: (experts, hidden, 2 * width), down: (experts, width, hidden), **biases}
 
     def _of_experts(self, module: str, inputs: int, outputs: int, place: int) -> LinearShape:
         joined = None if self.names.joined is None else self.names.joined[place]
         return LinearShape(module, inputs, outputs, "mlp", experts=self.routing.experts, joined=joined)
+
+    def _whole(self, inputs: int, outputs: int, place: int) -> LinearShape:
+        assert self.names.joined is not None
+        name, experts = self.names.joined[place], self.routing.experts
+        return LinearShape(name, inputs, outputs, "mlp", biased=True, experts=experts, joined=name, whole=True)

@@ -45,8 +45,8 @@ def expect_loadable(settings: Settings, device: torch.device, least_bytes: int |
     expect_architecture(directory)
     if any(directory.glob("*.safetensors")):  # none before the download
         bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
-        numbers = sum(header.numbers for header in weight_files.text_entries(directory).values())
-        _expect_memory(settings, device, bytes_each * numbers, planned)
+        needed = weight_files.unpacked_bytes(directory, bytes_each, kept_twice=device.type == "cpu")
+        _expect_memory(settings, device, needed, planned)
 
 
 def _expect_memory(settings: Settings, device: torch.device, needed: int, planned: int) -> None:
@@ -61,7 +61,7 @@ def _expect_memory(settings: Settings, device: torch.device, needed: int, planne
         raise UserError(
             f"the weights of {settings.model} take {sized(needed)}, and {sized(free)} of memory are free on "
             f"{device.type}: free some, give the engine a larger machine, set KNAPPER_DTYPE=bfloat16 if it is float32, "
-            "or serve a smaller model"
+            "or serve a smaller model: `knapper models` lists some"
         )
 
 

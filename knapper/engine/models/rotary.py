@@ -160,8 +160,6 @@ def _yarn(raw: Raw, path: Path) -> tuple[YarnScaling, float]:
     """Its amplitude is that of arXiv 2309.00071, equation 22, unless config.json states another."""
     original = size(raw, "original_max_position_embeddings", path, size(raw, "max_position_embeddings", path))
     factor = number(raw, "factor", path)
-    if raw.get("mscale") or raw.get("mscale_all_dim"):
-        raise UnsupportedModel(f"{path}: rope scaling yarn with mscale is not supported")
     scaling = YarnScaling(
         factor=factor,
         beta_fast=number(raw, "beta_fast", path, 32.0),
@@ -169,7 +167,22 @@ def _yarn(raw: Raw, path: Path) -> tuple[YarnScaling, float]:
         original_context=original,
         truncate=bool(raw.get("truncate", True)),
     )
-    return scaling, number(raw, "attention_factor", path, 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    amplitude = _grown(factor)
+    if raw.get("mscale") and raw.get("mscale_all_dim"):
+        amplitude = _grown(factor, number(raw, "mscale", path)) / _grown(factor, number(raw, "mscale_all_dim", path))
+    return scaling, number(raw, "attention_factor", path, amplitude)
+
+
+def _grown(factor: float, scale: float = 1.0) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def score_factor(raw: Raw, path: Path) -> float:
+    """What YaRN multiplies scores by in DeepSeek's models, by `mscale_all_dim`: arXiv 2405.04434's reference code."""
+    stated = {**_object(raw, "rope_scaling", path), **_object(raw, "rope_parameters", path)}
+    if stated.get("rope_type", stated.get("type", "default")) != "yarn" or not stated.get("mscale_all_dim"):
+        return 1.0
+    return _grown(number(stated, "factor", path), number(stated, "mscale_all_dim", path)) ** 2
 
 
 def _long(raw: Raw, path: Path, width: int) -> tuple[LongScaling, float]:

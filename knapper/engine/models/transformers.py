@@ -6,6 +6,7 @@ distinct rows, T of one sequence, H hidden size, V vocabulary, K targets, R rank
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -101,7 +102,8 @@ class TransformersModel:
         versions: tuple[str, ...],
     ) -> None:
         """`body`: the model without its head; `linears`: its linears by target module."""
-        self.config, self.versions = config, versions
+        self.config: TransformersFacts = config
+        self.versions = versions
         self.architecture = config.architecture
         self.bytes_per_token = 0  # set by the trial
         self.context_positions = config.context
@@ -109,10 +111,16 @@ class TransformersModel:
         self.head = head
         self.weights_bytes = sum(weight.nbytes for weight in {*body.parameters(), head.weight_VH})  # a tied head once
         self._body = body
+        # transformers 5.24 has renamed it.
+        self._cache_name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
         self._lora: Lora | None = None
         self.adapted: set[str] = set()  # target modules that a pass has called
         for target, linear in linears.items():
             linear.register_forward_hook(self._hook(target))
+
+    def bound_context(self, context: int) -> None:
+        """Serve so many tokens of the context."""
+        self.config, self.context_positions = replace(self.config, context=context), context
 
     def layer_segments(
         self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]
@@ -177,12 +185,13 @@ class TransformersModel:
         """(T, H) for the head; with `caches` also `cache`, extended by the tokens' keys and values."""
         self._lora = lora
         try:
-            out = self._body(input_ids=tokens_T[None], past_key_values=cache, use_cache=caches, return_dict=True)
+            kept = {self._cache_name: cache}
+            out = self._body(input_ids=tokens_T[None], **kept, use_cache=caches, return_dict=True)
         finally:
             self._lora = None
         rows_TH = out.last_hidden_state[0]
         rows_TH = rows_TH if self.head.scale == 1.0 else rows_TH * self.head.scale
-        return rows_TH, out.past_key_values if caches else None
+        return rows_TH, getattr(out, self._cache_name) if caches else None
 
     def _hook(self, target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

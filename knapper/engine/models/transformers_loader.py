@@ -23,8 +23,8 @@ from knapper.engine.models.config import (
 )
 from knapper.engine.models.fields import UnsupportedModel, read_json
 from knapper.engine.models.linear_shape import Part
+from knapper.engine.models.tensor_header import BrokenModel
 from knapper.engine.models.transformers import Head, TransformersFacts, TransformersModel
-from knapper.engine.models.weight_files import BrokenModel
 from knapper.errors import NotFound
 
 _TRIAL_TOKENS: Final = 12
@@ -89,6 +89,7 @@ def _refuse(raw: Mapping[str, Any], directory: Path) -> None:
     causal = causal if isinstance(causal, str) else None
     own_code = " It needs code of its own (auto_map), and code of models is never run" if raw.get("auto_map") else ""
     for refused, reason in (
+        (raw.get("quantization_config") is not None, "it has quantized weights; use the unquantized model"),
         (model_type not in CONFIG_MAPPING, f"transformers {transformers.__version__} does not know it.{own_code}"),
         (causal is None, "it is no causal language model"),
         (causal is not None and class_name != causal, f"as a causal language model it would be {causal}"),

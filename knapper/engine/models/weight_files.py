@@ -4,9 +4,7 @@ Loads no torch: the start of a server fails within milliseconds if an engine cou
 """
 
 import json
-import re
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from knapper.engine.models.composite import text_name
 from knapper.engine.models.config import ModelConfig, is_composite
+from knapper.engine.models.fields import UnsupportedModel
+from knapper.engine.models.linear_shape import Shape
+from knapper.engine.models.packed import PackedTensor, packed_of
+from knapper.engine.models.tensor_header import BrokenModel, TensorHeader
 from knapper.errors import NotFound, UserError
 
 ALLOWED: Final = ("bfloat16", "float16", "float32", "float64")  # dtypes of stored base weights
@@ -25,35 +27,6 @@ DTYPES: Final = {
 }  # fmt: skip
 _HEADER_BYTES_MAX: Final = 100_000_000  # the format's own limit
 _LFS: Final = b"version https://git-lfs"
-Shape = tuple[int, ...]
-
-
-class BrokenModel(UserError):
-    """The weight files lack the tensors that config.json promises."""
-
-    code = "broken_model"
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """A tensor's entry in its file's header. `stored`: its name there; `dtype`: torch's name."""
-
-    path: Path
-    stored: str
-    shape: Shape
-    dtype: str
-
-    @property
-    def numbers(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)
-        return self.numbers * (int(bits[0]) if bits else 8) // 8  # a boolean takes a byte
 
 
 class _Index(msgspec.Struct):
@@ -152,7 +125,7 @@ def promised(config: ModelConfig, having: Container[str] = ()) -> Iterator[tuple
         yield from ((f"{prefix}.{name}", shape) for name, shape in layer.mixer.tensors(config.hidden).items())
         yield from ((f"{prefix}.{name}", (width,)) for name, width in layer.mlp.corrections().items())
         joined = {f"{prefix}.{name}": shape for name, shape in layer.mlp.joined(config.hidden).items()}
-        joins = next(iter(joined), None) in having
+        joins = any(linear.whole for linear in layer.mlp.linears(config.hidden)) or next(iter(joined), None) in having
         if joins:
             yield from joined.items()
         for linear in layer.stored(config.hidden):
@@ -166,11 +139,16 @@ def promised(config: ModelConfig, having: Container[str] = ()) -> Iterator[tuple
         yield "lm_head.weight", (config.vocab_size, config.hidden)
 
 
-def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader]:
+def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader | PackedTensor]:
     """The promised tensors. Raises NotFound, BrokenModel for one that is missing, unexpected, or of another shape."""
     headers = text_entries(directory)
-    names: list[str] = []
+    found: dict[str, TensorHeader | PackedTensor] = {}
+    known: set[str] = set()
     for name, shape in promised(config, headers):
+        if (packed := packed_of(name, shape, headers, config.packing)) is not None:
+            found[name] = packed
+            known |= {f"{name}{end}" for end in packed.parts}
+            continue
         if name not in headers:
             raise BrokenModel(f"{directory}: tensor {name} is missing; config.json promises it as {list(shape)}")
         header = headers[name]
@@ -178,19 +156,34 @@ def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHea
             raise BrokenModel(f"{directory}: tensor {name} is {list(header.shape)}; config.json makes it {list(shape)}")
         if header.dtype not in ALLOWED:
             raise BrokenModel(f"{directory}: tensor {name} is {header.dtype}; allowed: {', '.join(ALLOWED)}")
-        names.append(name)
+        found[name] = header
+        known.add(name)
     optional = {"lm_head.weight"} if config.tied else set()
     behind = (f"model.layers.{len(config.layers) + extra}." for extra in range(config.extra_layers))
     skipped = ("mtp.", *behind)  # drafts of tokens ahead
     unexpected = sorted(
         name
-        for name in headers.keys() - set(names) - optional
+        for name in headers.keys() - known - optional
         if not name.endswith("rotary_emb.inv_freq") and not name.startswith(skipped)
     )
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
         raise BrokenModel(f"{directory}: {len(unexpected)} tensors that the architecture does not have: {shown}")
-    return {name: headers[name] for name in names}
+    return found
+
+
+def unpacked_bytes(directory: Path, number_bytes: int, *, kept_twice: bool) -> int:
+    """Bytes of the language model's weights in memory, `number_bytes` each, however few bits the files have of them.
+
+    `kept_twice`: on a CPU what was unpacked stays beside the layout that computes, for gradients; plain weights are
+    mapped there. Raises as `text_entries` and `expect_promised`.
+    """
+    try:
+        found: Iterable[TensorHeader | PackedTensor] = expect_promised(directory, ModelConfig.read(directory)).values()
+    except UnsupportedModel:
+        found = text_entries(directory).values()
+    each = [(tensor.numbers, isinstance(tensor, PackedTensor)) for tensor in found]
+    return sum(numbers * number_bytes * (2 if packed and kept_twice else 1) for numbers, packed in each)
 
 
 def opened(path: Path, framework: str) -> safe_open:

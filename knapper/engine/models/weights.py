@@ -1,10 +1,13 @@
 """Base weights from safetensors files, checked, in the dtype that computes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
+import structlog
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from knapper.engine.layers.batch_invariance import Exactness
@@ -19,6 +22,7 @@ from knapper.engine.models.blocks import (
     DeltaBlock,
     ExpertSites,
     GatedMlpBlock,
+    LatentBlock,
     LayerBlock,
     Mixer,
     MixtureBlock,
@@ -26,9 +30,18 @@ from knapper.engine.models.blocks import (
     Sites,
 )
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import GatedDelta, Layer, SelfAttention, ShortConvolution
+from knapper.engine.models.layer import Attention, GatedDelta, LatentAttention, Layer, SelfAttention, ShortConvolution
 from knapper.engine.models.linear_shape import LinearShape
 from knapper.engine.models.mlp import GatedMlp, Mixture
+from knapper.engine.models.packed import PackedTensor
+from knapper.engine.models.tensor_header import TensorHeader
+from knapper.engine.models.unpack import unpacked
+from knapper.limits import MIB
+
+log = structlog.get_logger()
+_LATENT_EPS: Final = 1e-6  # whatever config.json says of the other norms
+_TELLS: Final = 8  # parts of a long load, each of which the log tells
+_LONG_LOAD: Final = 4 << 30  # of bytes
 
 
 @dataclass(frozen=True)
@@ -59,9 +72,9 @@ def load(
 
     Raises NotFound without weight files, BrokenModel when a tensor is missing, unexpected or of another shape.
     """
-    loader = _Loader(config, _Tensors(directory, config, torch.device(device)), dtype, exactness or Exactness())
+    loader = _Loader(config, _Tensors(directory, config, torch.device(device), dtype), dtype, exactness or Exactness())
     embed = loader.tensor("model.embed_tokens.weight")
-    layers = tuple(loader.layer(index, layer) for index, layer in enumerate(config.layers))
+    layers = tuple(loader.layers())
     norm = loader.norm(config.final_norm)
     head = FrozenLinear([embed], dtype, exactness=loader.exactness) if config.tied else loader.linear(["lm_head"])
     return Weights(embed=embed, layers=layers, norm=norm, head=head, tied=config.tied)
@@ -88,6 +101,15 @@ class _Loader:
         rule, weight = self.config.norm, self.tensor(f"{module}.weight")
         return RmsNorm(weight.float() + rule.offset if rule.wide else weight, self.config.rms_eps)
 
+    def layers(self) -> Iterator[LayerBlock]:
+        """In order. Of weights that take long the log says how far they are."""
+        layers, nbytes = self.config.layers, self.tensors.nbytes
+        tells = {len(layers) * part // _TELLS for part in range(1, _TELLS)} if nbytes > _LONG_LOAD else set()
+        for index, layer in enumerate(layers):
+            if index in tells:
+                log.info("loading weights", layers=index, of=len(layers), file_mib=nbytes // MIB)
+            yield self.layer(index, layer)
+
     def layer(self, index: int, layer: Layer) -> LayerBlock:
         names = layer.norms
         return LayerBlock(
@@ -107,6 +129,8 @@ class _Loader:
         match layer.mixer:
             case SelfAttention() as facts:
                 return self._attention(index, facts)
+            case LatentAttention() as facts:
+                return self._latent(index, facts)
             case ShortConvolution() as facts:
                 return self._convolution(index, facts)
             case GatedDelta() as facts:
@@ -114,15 +138,33 @@ class _Loader:
 
     def _number(self, index: int) -> int:
         """Of a layer, among those before it that keep the same kind of past: keys and values, or a state."""
-        has_attention = isinstance(self.config.layers[index].mixer, SelfAttention)
-        return sum(isinstance(layer.mixer, SelfAttention) == has_attention for layer in self.config.layers[:index])
+        has_attention = isinstance(self.config.layers[index].mixer, Attention)
+        return sum(isinstance(layer.mixer, Attention) == has_attention for layer in self.config.layers[:index])
 
     def _attention(self, index: int, facts: SelfAttention) -> AttentionBlock:
         hidden = self.config.hidden
         norms = [self.norm(f"model.layers.{index}.{name}") for name in facts.norms()]
         q_norm, k_norm = norms or (None, None)
         qkv, o = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        if facts.sinks:
+            sinks_H = self._float(index, "self_attn.sinks")
+            facts = replace(facts, scores=replace(facts.scores, sinks_H=sinks_H))
         return AttentionBlock(facts, self._number(index), qkv, o, q_norm, k_norm)
+
+    def _latent(self, index: int, facts: LatentAttention) -> LatentBlock:
+        hidden, queries = self.config.hidden, facts.queries()
+        weights = [self.tensor(f"model.layers.{index}.{name}.weight") for name in facts.norms()]
+        norms = [RmsNorm(weight, _LATENT_EPS) for weight in weights]
+        return LatentBlock(
+            facts=facts,
+            index=self._number(index),
+            inputs=self._sites(index, facts.inputs(hidden)),
+            queries=None if queries is None else self._sites(index, [queries]),
+            keys_values=self._sites(index, [facts.keys_and_values()]),
+            o=self._sites(index, [facts.output(hidden)]),
+            q_norm=norms[0] if queries is not None else None,
+            kv_norm=norms[-1],
+        )
 
     def _convolution(self, index: int, facts: ShortConvolution) -> ConvolutionBlock:
         hidden = self.config.hidden
@@ -171,6 +213,8 @@ class _Loader:
 
     def _experts(self, index: int, shapes: Sequence[LinearShape]) -> ExpertSites:
         """Of every expert its linears of the same input as one; of a tensor of all experts, views."""
+        if shapes[0].whole:
+            return self._whole_experts(index, shapes[0])
         joined = f"model.layers.{index}.{shapes[0].joined}"
         if shapes[0].joined is not None and joined in self.tensors:
             w_EOI = self.tensors.take(joined)
@@ -180,10 +224,19 @@ class _Loader:
         parts = [[self.tensors.take(f"model.layers.{index}.{module}.weight") for module in own] for own in modules]
         return ExpertSites(_names(index, shapes), ExpertLinears(parts, self.dtype, self.exactness))
 
+    def _whole_experts(self, index: int, shape: LinearShape) -> ExpertSites:
+        name = f"model.layers.{index}.{shape.module}"
+        w_EOI = self.tensors.take(name).transpose(1, 2).contiguous()
+        bias_EO, experts = self.tensor(f"{name}_bias"), [[w_OI] for w_OI in w_EOI]
+        linears = ExpertLinears(experts, self.dtype, self.exactness, w_EOI, bias_EO)
+        return ExpertSites(_names(index, [shape]), linears)
+
     def _routers(self, index: int, shapes: Sequence[LinearShape], dtype: torch.dtype | None) -> Sites:
         """As one: a product with a single output has no bits to promise."""
         weights = [self.tensors.take(f"model.layers.{index}.{shape.module}.weight") for shape in shapes]
-        linear = FrozenLinear(weights, dtype or self.dtype, adapted=False, exactness=self.exactness)
+        biases = [self.tensors.take(f"model.layers.{index}.{s.module}.bias") for s in shapes if s.biased]
+        bias = torch.cat(biases).to(dtype or self.dtype) if biases else None
+        linear = FrozenLinear(weights, dtype or self.dtype, bias, adapted=False, exactness=self.exactness)
         return Sites(_names(index, shapes), linear)
 
     def _sites(self, index: int, shapes: Sequence[LinearShape]) -> Sites:
@@ -197,18 +250,30 @@ def _names(index: int, shapes: Sequence[LinearShape]) -> tuple[str, ...]:
 
 
 class _Tensors:
-    """Memory-mapped tensors by name, checked against the configuration."""
+    """Memory-mapped tensors by name, checked against the configuration; packed ones in `dtype`, made when taken."""
 
-    def __init__(self, directory: Path, config: ModelConfig, device: torch.device) -> None:
-        self._device = device
-        headers = weight_files.expect_promised(directory, config)
-        opened = {path: weight_files.opened(path, "pt") for path in {header.path for header in headers.values()}}
-        self._files = {name: (opened[header.path], header.stored) for name, header in headers.items()}
+    def __init__(self, directory: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._found = weight_files.expect_promised(directory, config)
+        self._opened: dict[Path, safe_open] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the files."""
+        parts = [each.parts.values() if isinstance(each, PackedTensor) else [each] for each in self._found.values()]
+        return sum(header.nbytes for headers in parts for header in headers)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._found
 
     def take(self, name: str) -> Tensor:
-        file, stored = self._files[name]
-        tensor: Tensor = file.get_tensor(stored)  # type: ignore[no-untyped-call]  # the library has no types here
+        found = self._found[name]
+        if isinstance(found, PackedTensor):
+            return unpacked(found, lambda end: self._stored(found.parts[end]), self._dtype)
+        return self._stored(found)
+
+    def _stored(self, header: TensorHeader) -> Tensor:
+        file = self._opened.get(header.path) or weight_files.opened(header.path, "pt")
+        self._opened[header.path] = file
+        tensor: Tensor = file.get_tensor(header.stored)  # type: ignore[no-untyped-call]  # the library has no types here
         return tensor.to(self._device)

@@ -1,5 +1,6 @@
 """The queue of waiting requests, and which of them start or resume in the next pass over prompts."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class PrefillQueue:
         queues: dict[str, deque[SequenceGroup]] = {}
         for group in self._queue:
             queues.setdefault(group.request.tenant, deque()).append(group)
-        served = {tenant: self._shares.rank(tenant)[0] for tenant in queues}
+        served = {tenant: self.served(tenant) for tenant in queues}
         while queues:
             tenant = min(queues, key=served.__getitem__)
             group = queues[tenant].popleft()
@@ -56,6 +57,15 @@ class PrefillQueue:
             if not queues[tenant]:
                 del queues[tenant]
             yield group
+
+    def served(self, tenant: str) -> float:
+        """What the tenant of an unfinished request has had, in tokens; the least goes first."""
+        return self._shares.rank(tenant)[0]
+
+    def ahead_of(self, parked: Iterable[RunningSequence]) -> Iterator[SequenceGroup]:
+        """Requests in order, only those of tenants that have had less than each of the parked sequences' tenants."""
+        least = min((self.served(sequence.group.request.tenant) for sequence in parked), default=math.inf)
+        return (group for group in self.in_turn() if self.served(group.request.tenant) < least)
 
     def begin(self, group: SequenceGroup, count: int) -> list[RunningSequence]:
         """Start `count` of its sequences. It stays first while its turn lasts, then goes to the end."""
@@ -101,10 +111,13 @@ class PrefillQueue:
 
 @dataclass(frozen=True)
 class FreeCapacity:
-    """Free `slots` and `positions`. `decoding`: the requests that hold the others."""
+    """Free `slots` and `positions`. `decoding`: the requests that hold the others. `cost`: positions that a request's
+    sequence needs to start or resume with so many tokens.
+    """
 
     slots: int
     positions: int
+    cost: Callable[[SequenceGroup, int], int]
     decoding: Sequence[SequenceGroup]
     overtaken_max: int  # sequences that may start before those of an earlier request
 
@@ -133,15 +146,16 @@ def next_turns(
             _need_own_pass(*(other for other, _ in turns), group) or rows > _ROWS_MAX or len(turns) == _GROUPS_MAX
         ):
             break
-        wanted = group.left if group.cost == 0 else min(group.left, group.turn)
-        count = wanted if group.cost == 0 else min(wanted, slots, free // group.cost)
+        cost = capacity.cost(group, group.prompt_tokens) if group.decodes else 0
+        wanted = min(group.left, group.turn) if cost else group.left
+        count = min(wanted, slots, free // cost) if cost else wanted
         if count > 0:
             turns.append((group, count))
             for other in skipped:
                 other.overtaken += count
         if count < wanted:
             break
-        slots, free = slots - (count if group.cost else 0), free - count * group.cost
+        slots, free = slots - (count if cost else 0), free - count * cost
     return turns
 
 
@@ -150,7 +164,8 @@ def next_parked(parked: Iterable[RunningSequence], capacity: FreeCapacity) -> li
     chosen: list[RunningSequence] = []
     slots, free, rows = capacity.slots, capacity.positions, 0
     for sequence in parked:
-        slots, free, rows = slots - 1, free - sequence.group.cost, rows + sequence.length
+        slots, free = slots - 1, free - capacity.cost(sequence.group, sequence.length)
+        rows += sequence.length
         groups = [parked_sequence.group for parked_sequence in chosen]
         if slots < 0 or free < 0 or not _may_decode_beside(sequence.group, [*capacity.decoding, *groups]):
             break

@@ -78,7 +78,7 @@ class Prefiller:
                 rows.append(prefilled.rows)
                 positions = self._model.kept_positions(past, group.prompt_tokens)
                 self._prefix_cache.add(group.request.adapter, group.request.prompt, past, group.last_1H, positions)
-            group.past = past if group.cost else None
+            group.past = past if group.decodes else None
             group.past_positions = self._model.kept_positions(past, group.prompt_tokens)
             self._counters.prefilled_tokens += rows_computed
             self._counters.reused_tokens += group.prompt_tokens - rows_computed

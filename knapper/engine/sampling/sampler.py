@@ -88,7 +88,7 @@ class EngineSampler:
         grammar = None
         if request.grammar:
             grammar = await asyncio.to_thread(self._grammars.compile, request.grammar)
-        tokens_max, cost = self._reserved_by(request)
+        tokens_max = self._tokens_max(request)
         async with AsyncExitStack() as stack:
             lora = None
             if request.adapter:
@@ -99,7 +99,6 @@ class EngineSampler:
                 lora=lora,
                 stops=StopCriteria((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
                 tokens_max=tokens_max,
-                cost=cost,
                 listen=listen,
                 grammar=grammar,
             )
@@ -116,8 +115,8 @@ class EngineSampler:
         self._adapters.release()
         await self._device.run(work())
 
-    def _reserved_by(self, request: SampleRequest) -> tuple[int, int]:
-        """(tokens that a sequence may have, positions that it reserves). Raises TooLarge."""
+    def _tokens_max(self, request: SampleRequest) -> int:
+        """Tokens that a sequence may have. Raises TooLarge if there is no memory for so many, even without others."""
         prompt, requested = int(request.prompt.size), request.params.max_tokens
         context_left = self._decoder.config.context - prompt
         at_once = self._text_tokens_max or self._decoder.config.context
@@ -135,4 +134,4 @@ class EngineSampler:
                 f"memory; allowed: {min(self._kv_tokens_max, at_once)}. Lower sampling_params.max_tokens, or send a "
                 "shorter prompt"
             )
-        return tokens_max, cost
+        return tokens_max

@@ -11,9 +11,10 @@ Order: the tenant with the fewest computed tokens, prompts and samples alike (`F
 Sheng et al., OSDI 2024), then its oldest request. A turn starts at most a quarter of the slots' worth of sequences, so
 that a request for a thousand does not block the rest.
 
-Memory: a sequence reserves at its start the positions that it can grow to. A request's prompt keys and values are kept
-between its turns while there is capacity, else computed again. Capacity that no request needs keeps them for later
-requests (`PrefixCache`).
+Memory: a sequence takes positions as it grows. Where the next token of all does not fit, a sequence of the tenant that
+has had the most is parked, the youngest first; it resumes later, with its tokens, and its keys and values are computed
+again. Before that go a request's prompt keys and values, kept between its turns, and those of earlier requests
+(`PrefixCache`).
 
 Failures stay with the request that causes them. If a pass over several prompts fails, each request repeats it alone;
 one that then lacks memory repeats it when no other sequence decodes, and else fails with an error that names the lack.
@@ -110,7 +111,8 @@ class SamplingScheduler:
         try:
             while self._take_arrivals():
                 if not (self._short_of_memory and self._batch.sequences):
-                    yield from self._resume()
+                    if next(self._waiting.ahead_of(self._batch.parked), None) is None:
+                        yield from self._resume()
                     yield from self._admit()
                 if self._batch.sequences:
                     self._advance()
@@ -149,7 +151,7 @@ class SamplingScheduler:
 
     def _admit(self) -> Work[None]:
         """Start what fits."""
-        waiting = () if self._batch.parked else self._waiting.in_turn()  # parked sequences go first
+        waiting = self._waiting.ahead_of(self._batch.parked)
         if not (turns := next_turns(waiting, self._free_capacity(), self._prefiller.rows)):
             return
         self._waiting.serve(turns[0][0])
@@ -167,7 +169,7 @@ class SamplingScheduler:
     def _free_capacity(self) -> FreeCapacity:
         active = self._batch
         return FreeCapacity(
-            self._slots_max - len(active.sequences), active.free(), active.groups, overtaken_max=self._slots_max
+            self._slots_max - len(active.sequences), active.free(), active.cost, active.groups, self._slots_max
         )
 
     def _prefill(self, groups: Sequence[SequenceGroup]) -> Work[None]:
@@ -218,7 +220,9 @@ class SamplingScheduler:
             self._first_tokens([sequence for sequence in sequences if sequence.group.tokens_max > 0])
         finally:
             self._not_begun(sequences)
-            self._release_prompts()
+            for group in self._groups:
+                if not group.left:
+                    group.past = None
             self._deliver()
 
     def _first_tokens(self, sequences: Sequence[RunningSequence]) -> None:
@@ -246,14 +250,6 @@ class SamplingScheduler:
             else:
                 self._waiting.take_back(sequence)
 
-    def _release_prompts(self) -> None:
-        """Keep prompts for sequences still to start within the unreserved capacity; cached ones get the rest of it."""
-        free = self._batch.free()
-        for group in self._groups:
-            if not group.left:
-                group.past = None
-        self._prefiller.trim(self._waiting.keep_prompts(free))
-
     # -- decoding ------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> None:
@@ -273,6 +269,8 @@ class SamplingScheduler:
     def _step(self) -> None:
         """One token for every active sequence."""
         began_s = self._now()
+        # Prompts of sequences still to start go on in what decoding leaves, and cached ones in the rest.
+        self._prefiller.trim(self._waiting.keep_prompts(self._batch.make_room(self._waiting.served)))
         self._cache.reserve()
         sequences = [self._batch.sequences[slot] for slot in self._cache.rows]
         tokens = to_device([sequence.tokens[-1] for sequence in sequences], self._decoder.device)
@@ -324,7 +322,8 @@ class SamplingScheduler:
 
     def _resume(self) -> Work[None]:
         """Resume parked sequences that fit, the oldest first: one pass recomputes their keys and values."""
-        if not (sequences := next_parked(self._batch.parked, self._free_capacity())):
+        by_share = sorted(self._batch.parked, key=lambda parked: self._waiting.served(parked.group.request.tenant))
+        if not (sequences := next_parked(by_share, self._free_capacity())):
             return
         began_s = self._now()
         try:

@@ -33,15 +33,12 @@ class Isolation(IntEnum):
 class SequenceGroup:
     """One request. `tokens_max` of a sequence, within the context. `turn`: sequences that may start before it is the
     next group's turn; `PrefillQueue` sets it.
-
-    `cost`: positions that one sequence reserves. The last token is never fed, so a sequence of one token costs nothing.
     """
 
     request: SampleRequest
     lora: Lora | None
     stops: StopCriteria
     tokens_max: int
-    cost: int
     listen: Callable[[TokenEvent], None] | None = None  # on the device's thread; must return at once
     grammar: Grammar | None = None  # that its sequences follow
     future: "Future[SampleOutput]" = field(default_factory=Future)
@@ -66,13 +63,23 @@ class SequenceGroup:
         return int(self.request.prompt.size)
 
     @property
+    def decodes(self) -> bool:
+        """Whether its sequences need slots: the last token is never fed, so those of one token need none."""
+        return self.tokens_max > 1
+
+    @property
+    def length_max(self) -> int:
+        """Tokens of a sequence that may come to have keys and values."""
+        return self.prompt_tokens + self.tokens_max - 1
+
+    @property
     def left(self) -> int:
         """Sequences that have not started."""
         return self.request.num_samples - self.started + len(self._restarts)
 
     @property
     def needs_prefill(self) -> bool:
-        return self.last_1H is None or (self.past is None and self.cost > 0)
+        return self.last_1H is None or (self.past is None and self.decodes)
 
     @property
     def reusable(self) -> int:

@@ -73,7 +73,7 @@ class Saves:
         elif request.sampling_session_seq_id is None:
             raise InvalidField("path", None, "a name, or sampling_session_seq_id for an unnamed snapshot")
 
-    async def store(self, operation: Operation, spec: Spec, epoch: int, files: Files, step: int = -1) -> Export:
+    async def store(self, operation: Operation, spec: Spec, epoch: int, files: Files, step: int) -> Export:
         """Store the files, which nothing leads to yet. `step`: optimizer steps in the weights; -1: not known."""
         bundle = layout.export(RunId(operation.run), operation.seq, epoch)
         index = await bundles.write(self._store, bundle, files, spec=spec, seq=operation.seq, epoch=epoch, step=step)

@@ -30,7 +30,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     v: int = 1
 
 
-class _Format(msgspec.Struct):
+class _Format(msgspec.Struct, frozen=True):
     """The field that records of any later format have too."""
 
     v: int

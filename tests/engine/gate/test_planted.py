@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine import memory
+from knapper.engine.layers import paged_attention
 from knapper.engine.layers.attention import ContinuedAttention
 from knapper.engine.layers.checkpointing import PassBytes
 from knapper.engine.models import preflight
 from knapper.engine.models.decode import NativeDecodeState
 from knapper.engine.models.layer import ScoreRule
-from knapper.engine.sampling import kv_cache, scheduler
+from knapper.engine.sampling import scheduler
 from knapper.settings import Settings
 from tests.engine.gate import checks
 from tests.engine.gate.conftest import expect_reference
@@ -97,9 +98,9 @@ def test_a_masked_grouped_attention(llama: Bench, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_pageable_copy(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "to_device", lambda values, device: torch.tensor(values, device=device))
+    monkeypatch.setattr(paged_attention, "to_device", lambda values, device: torch.tensor(values, device=device))
     found = checks.complaints(_MODEL, "decode, 8 texts", _one_step(llama))
-    assert _seen(found, "a pageable copy: engine/sampling/kv_cache.py"), found
+    assert _seen(found, "a pageable copy: engine/layers/paged_attention.py"), found
 
 
 def test_an_item(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

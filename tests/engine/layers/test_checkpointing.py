@@ -37,6 +37,9 @@ def test_gradients_have_the_same_bits_however_many_layers_are_computed_again(
         "gemma2",
         "gemma3",
         "glm4",
+        "gpt_oss",
+        "deepseek_v3",
+        "glm4_moe_lite",
         "olmo3",
         "phi4",
         "granite",
@@ -54,7 +57,8 @@ def test_what_a_row_leaves_in_a_layer_is_what_is_reckoned_with(tmp_path: Path, k
     assert isinstance(trainer.decoder, Decoder)
     reckoned = rows * checkpointing.saved_bytes_of_row(trainer.decoder.config)
     # The first layer keeps everything either way; the second instead keeps its input, which the first made anyway.
-    assert 0.85 * reckoned < whole - least < 1.25 * reckoned  # adapters add to it: the narrower the model, the more
+    # Adapters add to it, the narrower the model, the more; so do copies of halves that are no whole registers wide.
+    assert 0.85 * reckoned < whole - least < 1.3 * reckoned
 
 
 def test_small_passes_keep_everything_and_large_ones_what_there_is_room_for(tmp_path: Path) -> None:

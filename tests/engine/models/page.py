@@ -12,7 +12,7 @@ import torch
 
 from knapper.engine.models import registry
 from knapper.engine.models.config import HEAD, Facts, ModelConfig
-from knapper.engine.models.layer import GatedDelta, ShortConvolution
+from knapper.engine.models.layer import GatedDelta, LatentAttention, ShortConvolution
 from knapper.engine.models.mlp import Mixture
 from knapper.engine.models.rotary import LongScaling, Rope
 from knapper.engine.models.transformers_loader import load
@@ -55,6 +55,11 @@ def _options(config: ModelConfig) -> Iterator[str]:
         yield f"a layer of {_RECURRENT[type(mixer)]}{biased}"
     if windows := sum(mixer.scores.window is not None for mixer in mixers):
         yield f"a window in {'one layer' if windows == 1 else 'both layers'}"
+    if isinstance(mixers[0], LatentAttention):
+        yield "latent attention"
+        yield "queries of the residual itself" if mixers[0].q_rank is None else "queries of latents"
+    if any(mixer.sinks for mixer in mixers):
+        yield "sinks"
     if any(mixer.rope is None for mixer in mixers):
         yield "a layer without positions"
     ropes: list[Rope] = [mixer.rope for mixer in mixers if mixer.rope is not None]

@@ -20,6 +20,7 @@ from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.registry import COMPOSITES
 from knapper.engine.models.rotary import Rope
+from knapper.engine.models.tensor_header import BrokenModel
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import InvalidField, UserError
 from knapper.local.banner import banner
@@ -222,7 +223,7 @@ def test_tensors_of_no_known_part_are_refused(tmp_path: Path, stored: str, compl
     save_file({**load_file(path), stored: torch.zeros(64)}, path)
     with safe_open(path, "pt") as file:
         assert stored in file.keys()  # noqa: SIM118  it is no mapping
-    with pytest.raises(weight_files.BrokenModel, match=complaint):
+    with pytest.raises(BrokenModel, match=complaint):
         loader.load(directory)
 
 
@@ -239,8 +240,8 @@ def test_experts_in_one_tensor_are_those_one_by_one(tmp_path: Path) -> None:
     save_file({**tensors, **joined}, path, {"format": "pt"})
     assert torch.equal(expected, logits(directory))
     save_file({**tensors, **joined, f"{at}.down_proj": joined[f"{at}.down_proj"][:5]}, path, {"format": "pt"})
-    with pytest.raises(weight_files.BrokenModel, match=r"down_proj is \[5, 64, 48\]; .* makes it \[6, 64, 48\]"):
+    with pytest.raises(BrokenModel, match=r"down_proj is \[5, 64, 48\]; .* makes it \[6, 64, 48\]"):
         loader.load(directory)
     save_file({**tensors, **joined, f"{at}.0.up_proj.weight": each[0]["up"]}, path, {"format": "pt"})
-    with pytest.raises(weight_files.BrokenModel, match=r"does not have: model.layers.0.mlp.experts.0.up_proj"):
+    with pytest.raises(BrokenModel, match=r"does not have: model.layers.0.mlp.experts.0.up_proj"):
         loader.load(directory)

@@ -18,8 +18,8 @@ from knapper.engine.models import weights
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
-from knapper.engine.models.weight_files import BrokenModel
-from knapper.engine.sampling.kv_cache import Cache, capacity_for
+from knapper.engine.models.tensor_header import BrokenModel
+from knapper.engine.sampling.kv_cache import Cache
 from knapper.errors import NotFound
 from tests.engine.strange import CONFIGS, strange_model
 from tests.engine.tiny import Kind, tiny_model
@@ -251,13 +251,6 @@ def test_a_sequence_that_left_does_not_poison_its_place(tmp_path: Path) -> None:
     hidden = decoder.step(torch.tensor([1, 1]), cache, base)
     assert slot.length == 11
     assert hidden.isfinite().all()
-
-
-def test_capacities_hold_the_length_and_waste_little() -> None:
-    for length in range(1, 9000):
-        capacity = capacity_for(length)
-        assert capacity >= length
-        assert capacity <= max(64, length + 64, 1.5 * length)
 
 
 def test_long_rope_equals_transformers(tmp_path: Path) -> None:

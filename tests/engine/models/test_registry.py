@@ -15,15 +15,18 @@ from knapper import limits
 from knapper.catalogue.servable import expect_config, expect_libraries
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models import weight_files, weights
-from knapper.engine.models.architecture import Architecture, never
+from knapper.engine.models.architecture import Architecture
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.gaps import MISSING
+from knapper.engine.models.mixture_rule import never
 from knapper.engine.models.registry import ARCHITECTURES
+from knapper.engine.models.tensor_header import BrokenModel
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
 from tests.engine.models import page
+from tests.engine.strange import strange_model
 
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -31,9 +34,15 @@ SIZES: Final[dict[str, Any]] = {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "n_routed_experts": 6, "shared_expert_intermediate_size": 48,
 }  # fmt: skip
+LATENT: Final[dict[str, Any]] = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+}  # fmt: skip
 # One layer of each kind; of two none would have attention, or each experts.
 MIXED: Final[dict[str, dict[str, Any]]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "deepseek_v3": {**LATENT, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1},
+    "glm4_moe_lite": LATENT,
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
@@ -146,6 +155,34 @@ def test_a_model_that_is_refused_is_told_what_it_needs(tmp_path: Path, model_typ
             ModelConfig.read(tmp_path)
 
 
+def test_a_model_of_another_name_is_that_of_its_row(tmp_path: Path) -> None:
+    """Kimi K2's files call themselves so, and are DeepSeek-V3's layers."""
+    directory = strange_model(tmp_path, "deepseek_v3")
+    config = ModelConfig.read(directory)
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**raw, "model_type": "kimi_k2"}))
+    assert ModelConfig.read(directory) == config
+    assert expect_config(directory) == "native"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"attention_bias": True, "q_lora_rank": None}, "attention_bias, and without q_lora_rank"),
+        ({"num_key_value_heads": 2}, "fewer key/value heads"),
+        ({"first_k_dense_replace": "1"}, "first_k_dense_replace '1'"),
+        ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types"),
+        ({"kv_lora_rank": None}, "kv_lora_rank is None"),
+    ],
+)
+def test_latent_attention_of_another_form_is_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
+    directory = strange_model(tmp_path, "deepseek_v3")
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(UnsupportedModel, match=complaint):
+        ModelConfig.read(directory)
+
+
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
     directory = random_model(tmp_path, "glm4_moe")
     assert ModelConfig.read(directory).extra_layers == 1
@@ -155,7 +192,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
         if fits:
             expect_same_logits(directory)
         else:
-            with pytest.raises(weight_files.BrokenModel, match=r"model\.layers\.3\.eh_proj"):
+            with pytest.raises(BrokenModel, match=r"model\.layers\.3\.eh_proj"):
                 weight_files.expect_promised(directory, ModelConfig.read(directory))
 
 

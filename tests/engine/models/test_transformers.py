@@ -26,7 +26,7 @@ from knapper.engine.models import transformers_loader
 from knapper.engine.models.config import computed_by
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.loader import load
-from knapper.engine.models.weight_files import BrokenModel
+from knapper.engine.models.tensor_header import BrokenModel
 from knapper.engine.sampling.sampler import EngineSampler
 from knapper.engine.training.batch import compute
 from knapper.engine.training.trainer import RunState, Trainer

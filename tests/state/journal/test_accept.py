@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -12,8 +13,8 @@ from knapper import limits
 from knapper.errors import Corrupt, InvalidField, NotFound, UserError
 from knapper.ids import RunId
 from knapper.state import layout
-from knapper.state.journal import ends
-from knapper.state.journal.accept import Acceptor, decode_creation, newest_manifest, pack
+from knapper.state.journal import accept, ends
+from knapper.state.journal.accept import Acceptor, PackedBody, decode_creation, newest_manifest, pack
 from knapper.state.journal.newest import Manifests
 from knapper.state.journal.records import End, Manifest, Operation, decode, encode
 from knapper.store.memory import MemoryStore
@@ -75,6 +76,26 @@ def test_what_is_stored_is_what_came_with_its_hash_and_its_time() -> None:
         )
         assert stored.sha256 == hashlib.sha256(b"body").digest()
         assert zstd.decompress(stored.body_zstd, 100) == b"body"
+
+    story(scenario)
+
+
+def test_a_large_record_is_encoded_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All requests share it. A small one is not worth a thread."""
+    threads: list[int] = []
+
+    def noted(record: Operation) -> bytes:
+        threads.append(threading.get_ident())
+        return encode(record)
+
+    monkeypatch.setattr(accept, "encode", noted)
+
+    async def scenario(bench: Bench) -> None:
+        threads.clear()
+        loop = threading.get_ident()
+        for seq, (body, beside) in enumerate([(256 * 1024, False), (256 * 1024 + 1, True), (1000, False)], start=1):
+            await bench.acceptor.accept(RUN, seq, "forward_backward", PackedBody(b"hash", bytes(body)))
+            assert (threads[-1] != loop) == beside, body
 
     story(scenario)
 

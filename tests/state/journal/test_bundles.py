@@ -24,12 +24,13 @@ async def written() -> MemoryStore:
 def test_the_index_says_whose_it_is_and_each_file_s_size_and_hash() -> None:
     async def scenario() -> None:
         store = MemoryStore()
-        index = await bundles.write(store, AT, FILES, spec=SPEC, seq=7, epoch=3)
+        index = await bundles.write(store, AT, FILES, spec=SPEC, seq=7, epoch=3, step=5)
         parts = [Part(name=name, size=len(data), sha256=hashlib.sha256(data).digest()) for name, data in FILES.items()]
-        assert index == Index(spec=SPEC, seq=7, epoch=3, parts=parts)
+        assert index == Index(spec=SPEC, seq=7, epoch=3, parts=parts, step=5)
         assert await bundles.read_index(store, AT) == index
         assert await store.list("") == [f"{AT}{name}" for name in (*FILES, "index")]
-        assert await bundles.write(store, AT, FILES, spec=SPEC, seq=7, epoch=3) == index, "writing it again is harmless"
+        again = await bundles.write(store, AT, FILES, spec=SPEC, seq=7, epoch=3, step=5)
+        assert again == index, "writing it again is harmless"
 
     asyncio.run(scenario())
 
@@ -63,7 +64,7 @@ def test_without_its_index_a_bundle_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("stored", "said"),
     [
-        (None, "missing"),
+        (None, "missing;"),
         (b"firsu", "5 bytes that are others"),
         (b"firs", "4 bytes that are others"),
         (b"first!", "6 bytes"),

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import msgspec
+import pyrage
 
 from knapper import ids
 from knapper.ids import RunId, SessionId, TinkerPath
@@ -133,5 +134,20 @@ def test_a_load_reaches_another_tenant_s_checkpoint_only_while_it_is_public() ->
         await bench.accept(3, "load_weights", path=str(path), optimizer=False)
         [public] = await bench.apply("second")
         assert public == {"loaded": True}
+
+    asyncio.run(story())
+
+
+def test_a_load_of_an_encrypted_checkpoint_is_refused() -> None:
+    async def story() -> None:
+        bench = Bench()
+        recipient = str(pyrage.x25519.Identity.generate().to_public())
+        await bench.acceptor.create(Creation(spec=SPEC), b"made")
+        await bench.accept(1, "save_weights_external", path="a", age_encryption_recipients=[recipient])
+        _, saved = await bench.apply("first")
+        await bench.accept(2, "load_weights", path=saved["path"], optimizer=False)
+        [loaded] = await bench.apply("second")
+        assert "is encrypted for its recipients" in loaded["error"]
+        assert loaded["category"] == "user"
 
     asyncio.run(story())

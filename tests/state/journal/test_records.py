@@ -10,15 +10,18 @@ import pytest
 from knapper.errors import Corrupt, NewerFormat
 from knapper.ids import RunId
 from knapper.state import layout
-from knapper.state.journal import envelope, history
+from knapper.state.journal import envelope, history, records
 from knapper.state.journal.records import (
     SAVES,
     Commit,
     Creation,
+    Drawn,
     End,
+    Index,
     Kind,
     Manifest,
     Operation,
+    Provenance,
     Record,
     Result,
     Terms,
@@ -66,6 +69,26 @@ def test_what_is_encoded_is_decoded() -> None:
     plain = Result(seq=1, sha256=b"", content_type="application/json", body=b"")
     assert (plain.failed, plain.source) == (False, "")
     assert End(reason="finished", tenant="alice", at=1.0).asked_at == 0.0, "as in ends of releases that did not note it"
+
+
+def test_no_record_can_be_changed_and_each_is_of_the_newest_format() -> None:
+    kinds = [kind for kind in vars(records).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+    assert {Operation, Index, Drawn, Provenance} < set(kinds)
+    assert [kind.__name__ for kind in kinds if not kind.__struct_config__.frozen] == []
+    index = Index(spec=SPEC, seq=1, epoch=1, parts=[])
+    assert (index.v, index.step) == (2, -1)
+    drawn = Drawn(run=RUN, seq=1, step=3, digest="d", datums=2)
+    assert (drawn.sampler, drawn.temperature, drawn.truncated, drawn.overdue) == ("", 1.0, False, 0)
+    assert Provenance(loss="ppo", digest=b"d") == Provenance(loss="ppo", digest=b"d", sampled=0, drawn=[])
+
+
+def test_the_snapshot_before_takes_the_place_of_one_that_cannot_be_read() -> None:
+    manifest = Manifest(epoch=1, holder="h", address="a", claimed_at=2.0, terms=TERMS)
+    both = manifest.with_snapshot("first/", 3, 5).with_snapshot("second/", 7, 9)
+    assert (both.snapshot, both.snapshot_seq, both.snapshot_out) == ("second/", 7, 9)
+    assert (both.snapshot_before, both.snapshot_before_seq, both.snapshot_before_out) == ("first/", 3, 5)
+    assert both.without_newest_snapshot() == manifest.with_snapshot("first/", 3, 5)
+    assert both.without_newest_snapshot().without_newest_snapshot() == manifest
 
 
 def test_saves_are_the_three_that_store_weights() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from knapper.state import layout, usage
 from knapper.state.journal.accept import Acceptor, newest_manifest
 from knapper.state.journal.holder import Holder
+from knapper.state.journal.newest import Manifests
 from knapper.state.journal.records import Commit
 from knapper.state.journal.run import Run
 from knapper.store.memory import MemoryStore
@@ -58,6 +59,43 @@ def test_a_load_forces_a_snapshot_though_another_was_taken_before_its_commit() -
         newest = await newest_manifest(store, RUN)
         assert newest is not None
         assert newest[1].snapshot_seq == 2
+
+    asyncio.run(story())
+
+
+def test_what_a_run_takes_in_memory_counts_the_state_that_waits_for_its_commit() -> None:
+    async def story() -> None:
+        store = Interrupted()
+        acceptor = Acceptor(store, lambda: 0.0)
+        await acceptor.create(CREATION, b"create")
+        run = await Run.claim(store, RUN, LedgerMachine(), Holder("h", "", TERMS), lambda: 0.0)
+        assert not await run.apply_pending(lambda: False, nothing)
+        alone = run.state_bytes
+        assert alone > 0
+        await send(acceptor, Step(1, "optim_step", body(seq_id=1)))
+        seen: list[int] = []
+
+        async def look() -> None:
+            seen.append(run.state_bytes)
+
+        store.before_commit = look
+        assert not await run.apply_pending(lambda: False, nothing)
+        assert seen == [2 * alone], "the state before the commit, and the one after it"
+        assert run.state_bytes == alone
+
+    asyncio.run(story())
+
+
+def test_a_process_remembers_what_it_claimed() -> None:
+    async def story() -> None:
+        store = MemoryStore()
+        manifests = Manifests(store)
+        await Acceptor(store, lambda: 0.0).create(CREATION, b"create")
+        run = await Run.claim(store, RUN, LedgerMachine(), Holder("h", "", TERMS), lambda: 7.0, manifests)
+        stored = await newest_manifest(store, RUN)
+        assert stored is not None
+        assert (stored[0], stored[1].epoch, stored[1].claimed_at) == (1, run.epoch, 7.0)
+        assert manifests.seen(RUN) == stored
 
     asyncio.run(story())
 

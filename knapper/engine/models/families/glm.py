@@ -6,9 +6,10 @@ halves of the rotated part as pairs, and experts chosen as DeepSeek-V3's, behind
 
 from typing import Final
 
-from knapper.engine.models.architecture import OPTIONS, Architecture, MixtureRule, by_default, by_option, never
+from knapper.engine.models.architecture import OPTIONS, Architecture, by_default, by_option
 from knapper.engine.models.fields import Raw
 from knapper.engine.models.layer import Norms
+from knapper.engine.models.mixture_rule import MixtureRule, never
 from knapper.engine.models.rotary import RopeRule
 
 _BOTH_SIDES: Final = Norms(

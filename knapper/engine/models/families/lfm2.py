@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Final
 
-from knapper.engine.models.architecture import OPTIONS, Architecture, Names, RecurrentLayers, never
+from knapper.engine.models.architecture import OPTIONS, Architecture, Names, RecurrentLayers
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, size
 from knapper.engine.models.layer import Norms, ShortConvolution
+from knapper.engine.models.mixture_rule import never
 from knapper.engine.models.rotary import FULL, RopeRule
 
 _CONVOLUTION: Final = "conv"

@@ -5,8 +5,9 @@ Mixtral, arXiv 2401.04088: the same with experts.
 
 from typing import Final
 
-from knapper.engine.models.architecture import Architecture, MixtureRule, Windows, always, every_layer, never
+from knapper.engine.models.architecture import Architecture, Windows
 from knapper.engine.models.composite import Composite
+from knapper.engine.models.mixture_rule import MixtureRule, always, every_layer, never
 from knapper.engine.models.mlp import MixtureNames
 from knapper.engine.models.rotary import RopeRule
 

@@ -5,9 +5,10 @@ OLMoE, arXiv 2409.02060: experts, between the norms of Llama.
 
 from typing import Final
 
-from knapper.engine.models.architecture import OPTIONS, Architecture, MixtureRule, NormRule, Windows, by_norm_topk_prob
+from knapper.engine.models.architecture import OPTIONS, Architecture, NormRule, Windows, by_norm_topk_prob
 from knapper.engine.models.fields import Raw
 from knapper.engine.models.layer import Norms
+from knapper.engine.models.mixture_rule import MixtureRule
 from knapper.engine.models.rotary import RopeRule
 
 

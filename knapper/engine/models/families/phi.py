@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from knapper.engine.models.architecture import Architecture, Windows, every_layer, never
+from knapper.engine.models.architecture import Architecture, Windows
+from knapper.engine.models.mixture_rule import every_layer, never
 from knapper.engine.models.rotary import RopeRule
 
 ARCHITECTURES: Final = (

@@ -2,18 +2,10 @@
 
 from typing import Final
 
-from knapper.engine.models.architecture import (
-    OPTIONS,
-    Architecture,
-    MixtureRule,
-    Windows,
-    always,
-    by_norm_topk_prob,
-    every_layer,
-    never,
-)
+from knapper.engine.models.architecture import OPTIONS, Architecture, Windows, by_norm_topk_prob
 from knapper.engine.models.composite import Composite
 from knapper.engine.models.fields import Raw
+from knapper.engine.models.mixture_rule import MixtureRule, always, every_layer, never
 
 
 def _after_the_full_ones(raw: Raw, index: int) -> bool:

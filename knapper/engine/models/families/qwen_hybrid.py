@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from knapper.engine.models.architecture import OPTIONS, Architecture, MixtureRule, NormRule, RecurrentLayers, always
+from knapper.engine.models.architecture import OPTIONS, Architecture, NormRule, RecurrentLayers
 from knapper.engine.models.composite import Composite
 from knapper.engine.models.families.qwen import dense, unreadable_layers
 from knapper.engine.models.fields import Raw, UnsupportedModel, size
 from knapper.engine.models.layer import GatedDelta
+from knapper.engine.models.mixture_rule import MixtureRule, always
 from knapper.engine.models.mlp import MixtureNames
 from knapper.engine.models.rotary import FULL, RopeRule
 
