@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from knapper.errors import InvalidField, UserError
 from knapper.wire import grammars
 from knapper.wire.types import SampledSequence, SampleOutput
 from tests.engine.sampling.test_scheduler import House, prompt_of, request, same
+from tests.engine.tiny import tiny_model
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -118,6 +120,19 @@ def test_a_parked_sequence_goes_on_in_its_grammar(tmp_path: Path) -> None:
     for one, other in zip(roomy.run(*asked), house.run(*asked), strict=True):
         assert all(same(a, b) for a, b in zip(one.sequences, other.sequences, strict=True))
     assert not failures
+
+
+def test_a_sequence_that_was_preempted_for_another_to_grow_goes_on_in_its_grammar(tmp_path: Path) -> None:
+    """Three texts of some 400 tokens, of which 704 positions hold two at their start and one at its end."""
+    make = partial(tiny_model, context=1024)
+    long = {"type": "string", "minLength": 560, "maxLength": 580, "pattern": "^[a-z ]*$"}
+    roomy, tight = House(tmp_path / "roomy", make=make), House(tmp_path / "tight", make=make, kv_tokens_max=704)
+    asked = [constrained(long, prompt=prompt_of(10 + seed, seed), seed=seed, max_tokens=600) for seed in range(3)]
+    outputs = tight.run(*asked)
+    assert tight.sampler.counters.parked > 0
+    for one, output in zip(asked, outputs, strict=True):
+        assert same(roomy.run(one)[0].sequences[0], output.sequences[0])
+        jsonschema.validate(json.loads(text(tight, output.sequences[0])), long)
 
 
 @pytest.mark.parametrize(
