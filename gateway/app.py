@@ -27,6 +27,7 @@ from gateway import (
     training,
     uploads,
 )
+from gateway.anthropic.routes import ROUTES as ANTHROPIC_ROUTES
 from gateway.console.routes import ROUTES as CONSOLE_ROUTES
 from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.job_artifacts import ROUTES as ARTIFACT_ROUTES
@@ -34,6 +35,7 @@ from gateway.job_uploads import ROUTES as UPLOAD_ROUTES
 from gateway.jobs import ROUTES as JOB_ROUTES
 from gateway.lifespan import Sources, open_services
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
+from gateway.responses.routes import ROUTES as RESPONSES_ROUTES
 from gateway.rest.routes import ROUTES
 from gateway.routing import Door
 from gateway.tenants import Doorkeeper
@@ -134,6 +136,8 @@ def _routes() -> list[BaseRoute]:
         *ARTIFACT_ROUTES,
         *UPLOAD_ROUTES,
         *EVENT_ROUTES,
+        *ANTHROPIC_ROUTES,
+        *RESPONSES_ROUTES,
         *OPENAI_ROUTES,
         *metrics_page.ROUTES,
         *CONSOLE_ROUTES,

@@ -33,6 +33,9 @@ ELSEWHERE = {
         "knapper/store/cache.py": "_VALUES_MAX",
         "knapper/store/directory.py": "_SYNCED_MAX",
     },
+    "how often a grammar repeats a call: a text ends by itself, and has no more": {
+        "knapper/catalogue/call_formats.py": "_CALLS_MAX",
+    },
     "how old a cached answer may be: another process's change is seen after it": {
         "gateway/lookups.py": "_OPEN_FRESH_S _PROJECT_FRESH_S _MODEL_FRESH_S _INFLIGHT_FRESH_S",
         "gateway/result_reader.py": "_FRESH_S _STREAMED_FRESH_S",

@@ -1,8 +1,8 @@
 """The response to a completion: whole, or as server-sent events while tokens are sampled."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -29,7 +29,10 @@ from knapper.wire.types import SampledSequence, SampleOutput, TopK
 
 @dataclass(frozen=True)
 class Generation:
-    """One decoded request. `prefixes`: the text with which each prompt's choices begin: the prompt, if echoed."""
+    """One decoded request. `prefixes`: the text with which each prompt's choices begin: the prompt, if echoed.
+
+    `shown`: special tokens that have a text in an answer.
+    """
 
     parameters: SharedParameters
     model: SampledModel
@@ -38,10 +41,11 @@ class Generation:
     options: SampleOptions
     format: ChoiceFormat
     prefixes: list[str]
+    shown: Mapping[int, str] = field(default_factory=dict)
 
     def detokenizer(self, prompt: int) -> Detokenizer:
-        stops = self.options.params.stop_strings
-        return Detokenizer(self.language.tokenizer, self.prompts[prompt], stops, len(self.prefixes[prompt]))
+        stops, offset = self.options.params.stop_strings, len(self.prefixes[prompt])
+        return Detokenizer(self.language.tokenizer, self.prompts[prompt], stops, offset, self.shown)
 
 
 async def respond(request: Request, task: Generation) -> Response:
@@ -81,12 +85,13 @@ async def _respond(request: Request, task: Generation) -> Response:
     except BaseException:
         samples.cancel()
         raise
-    return _EventStream(first, events, samples.cancel)
+    return EventStream(first, events, samples.cancel)
 
 
 def _client_field(task: Generation, field: str | None) -> str | None:
     """The client's name for a field of a sample request."""
-    return task.parameters.prompt_field if field == "prompt" else field and field.removeprefix("sampling_params.")
+    own = {"prompt": task.parameters.prompt_field, "grammar": "response_format"}
+    return field and own.get(field, field.removeprefix("sampling_params."))
 
 
 def _whole(head: Json, task: Generation, responses: list[bytes]) -> bytes:
@@ -163,8 +168,8 @@ async def _events(head: Json, weights: SavedWeights, task: Generation, samples: 
             index = prompt * choices + drawn.sequence
             sampled += 1
             delta = detokenizers[index].add(drawn)
-            if delta.text or drawn.ending:
-                yield event(task.format.chunk(index, delta, drawn.ending))
+            if (delta.text or drawn.ending) and (chunk := task.format.chunk(index, delta, drawn.ending)) is not None:
+                yield event(chunk)
             if drawn.ending:
                 open_choices.discard(index)
     except KnapperError as error:
@@ -176,7 +181,8 @@ async def _events(head: Json, weights: SavedWeights, task: Generation, samples: 
     for index in sorted(open_choices):  # max_tokens is 0
         if (opening := task.format.opening(index)) is not None and not begun:
             yield event(opening)
-        yield event(task.format.chunk(index, TextDelta("", []), "length"))
+        if (chunk := task.format.chunk(index, TextDelta("", []), "length")) is not None:
+            yield event(chunk)
     if task.parameters.usage_wanted:
         yield _data(head | {"choices": [], "usage": _usage(task, sampled)})
     yield b"data: [DONE]\n\n"
@@ -192,7 +198,7 @@ def _data(message: Any) -> bytes:
     return b"data: " + msgspec.json.encode(message) + b"\n\n"
 
 
-class _EventStream(StreamingResponse):
+class EventStream(StreamingResponse):
     """Sends each event at once. Calls `on_end` when the response ends, also if the client hangs up."""
 
     def __init__(self, first: bytes, remaining: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:

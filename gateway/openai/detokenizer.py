@@ -3,7 +3,9 @@
 token -> its characters, once they are whole -> held back while they may begin a stop string -> the client
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tokenizers import Tokenizer
 
@@ -32,18 +34,25 @@ class TextDelta:
 
 
 class Characters:
-    """Decodes tokens one by one, after `before`. Special tokens have no text. The parts add up to the whole text.
+    """Decodes tokens one by one, after `before`. Special tokens have no text but that in `shown`. The parts add up to
+    the whole text.
 
     The library's `DecodeStream` does not report an unfinished end, and raises for some invalid bytes: decision 28.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, before: list[int], shown: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        self._tokenizer, self._shown = tokenizer, shown
         self._tokens = self._context(before)
         self._read = len(self._tokens)  # tokens whose text was returned
 
     def add(self, token: int) -> str:
         """The characters that the token completes."""
+        if token in self._shown:
+            text = self.pending() + self._shown[token]
+            self._tokens, self._read = [], 0
+            return text
         self._tokens.append(token)
         pending = self.pending()
         if pending.endswith("\ufffd") and len(self._tokens) - self._read < _WINDOW_MAX:
@@ -72,9 +81,17 @@ class Characters:
 class Detokenizer:
     """The text of one sequence after `prompt`. It begins at character `offset` of the client's text."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: tuple[str, ...], offset: int = 0) -> None:
-        self._characters = Characters(tokenizer, prompt)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        stops: tuple[str, ...],
+        offset: int = 0,
+        shown: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        self._characters = Characters(tokenizer, prompt, shown)
         self._stops = stops
+        self.stopped_by: str | None = None  # the stop string that ended the text
         self._sent = offset
         self._held = ""
         self._waiting: list[ScoredToken] = []
@@ -102,11 +119,12 @@ class Detokenizer:
         before = self._held + self._characters.pending()
         whole = self._held + self._characters.add(last.token)
         whole += self._characters.pending()
-        ends = [index for index in map(whole.find, self._stops) if index >= 0]
+        ends = [(index, stop) for stop in self._stops if (index := whole.find(stop)) >= 0]
         if not ends:
             return TextDelta(before, self._waiting)
-        end = self._sent + min(ends)
-        return TextDelta(whole[: min(ends)], [scored for scored in [*self._waiting, last] if scored.offset < end])
+        cut, self.stopped_by = min(ends)
+        end = self._sent + cut
+        return TextDelta(whole[:cut], [scored for scored in [*self._waiting, last] if scored.offset < end])
 
     def _possible_stop(self) -> int:
         """How many of the held characters, at their end, may begin a stop string."""

@@ -49,7 +49,7 @@ def openai_errors(handler: Handler) -> Handler:
 
 async def unknown_path(request: Request) -> Response:
     tenant_of(request)
-    served = "/v1/models, /v1/completions and /v1/chat/completions"
+    served = "/v1/models, /v1/completions, /v1/chat/completions and /v1/responses"
     raise NotFound(f"{request.method} {request.url.path} is not served; of the OpenAI protocol, {served} are")
 
 

@@ -2,12 +2,16 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import msgspec
 
 from gateway.openai.detokenizer import ScoredToken, TextDelta
+from gateway.openai.tool_calls import Calling
+from knapper.catalogue.call_reader import CallReader, Piece
 from knapper.catalogue.tokenizer import Language
+from knapper.catalogue.tools import ToolCall
 from knapper.wire.progress import Ending
 
 Json = dict[str, Any]
@@ -34,8 +38,8 @@ class ChoiceFormat(ABC):
         """The first chunk of a streamed choice, or None if it needs none."""
 
     @abstractmethod
-    def chunk(self, index: int, delta: TextDelta, ending: Ending) -> Json:
-        """A further chunk of a streamed choice."""
+    def chunk(self, index: int, delta: TextDelta, ending: Ending) -> Json | None:
+        """A further chunk of a streamed choice; None while it has nothing to say."""
 
 
 class CompletionFormat(ChoiceFormat):
@@ -92,7 +96,7 @@ class ChatFormat(ChoiceFormat):
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def chunk(self, index: int, delta: TextDelta, ending: Ending) -> Json:
+    def chunk(self, index: int, delta: TextDelta, ending: Ending) -> Json | None:
         content = {"content": delta.text} if delta.text else {}
         return {"index": index, "delta": content, "logprobs": self._scores(delta), "finish_reason": ending or None}
 
@@ -112,6 +116,66 @@ class ChatFormat(ChoiceFormat):
         """`bytes` is null if the token is no whole number of characters."""
         word = self._language.word(token)
         return {"token": word, "logprob": logprob, "bytes": None if "\ufffd" in word else list(word.encode())}
+
+
+class ToolChatFormat(ChatFormat):
+    """A chat that may call tools: calls are found in the text. A chunk has whole calls."""
+
+    def __init__(self, language: Language, logprobs: int | None, calling: Calling, new_id: Callable[[], str]) -> None:
+        super().__init__(language, logprobs)
+        self._calling, self._new_id = calling, new_id
+        self._readers: dict[int, CallReader] = {}  # of streamed choices
+        self._tokens: dict[int, list[ScoredToken]] = {}  # whose text is not passed on yet
+
+    def whole(self, index: int, delta: TextDelta, ending: Ending) -> Json:
+        reader = self._reader()
+        text, calls = split_pieces(reader.add(delta.text) + reader.end())
+        message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"] = [self._call(call) for call in calls]
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._scores(delta),
+            "finish_reason": _finish_reason(ending, reader),
+        }
+
+    def chunk(self, index: int, delta: TextDelta, ending: Ending) -> Json | None:
+        reader = self._readers.setdefault(index, self._reader())
+        before = reader.calls
+        text, calls = split_pieces(reader.add(delta.text) + (reader.end() if ending else []))
+        tokens = self._tokens.pop(index, []) + delta.tokens
+        if not (text or calls or ending):
+            self._tokens[index] = tokens
+            return None
+        said: Json = {"content": text} if text else {}
+        if calls:
+            said["tool_calls"] = [{"index": before + i} | self._call(call) for i, call in enumerate(calls)]
+        return {
+            "index": index,
+            "delta": said,
+            "logprobs": self._scores(TextDelta(text, tokens)),
+            "finish_reason": _finish_reason(ending, reader) or None,
+        }
+
+    def _reader(self) -> CallReader:
+        reader = self._calling.reader()
+        assert reader is not None, "the chat has tools"
+        return reader
+
+    def _call(self, call: ToolCall) -> Json:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": self._calling.call_id(self._new_id()), "type": "function", "function": function}
+
+
+def split_pieces(pieces: list[Piece]) -> tuple[str, list[ToolCall]]:
+    """(text, calls) of the pieces."""
+    text = "".join(piece for piece in pieces if isinstance(piece, str))
+    return text, [piece for piece in pieces if isinstance(piece, ToolCall)]
+
+
+def _finish_reason(ending: Ending, reader: CallReader) -> str:
+    return "tool_calls" if ending == "stop" and reader.calls else ending
 
 
 def _encoded(scores: Json | None) -> msgspec.Raw:

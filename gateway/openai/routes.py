@@ -6,10 +6,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import bodies
-from gateway.openai import models, schemas
+from gateway.openai import chats, models, schemas
 from gateway.openai.completions import Generation, respond
 from gateway.openai.errors import openai_errors, unknown_path
-from gateway.openai.responses import ChatFormat, CompletionFormat
+from gateway.openai.responses import ChatFormat, CompletionFormat, ToolChatFormat
 from gateway.openai.samples import SampleOptions
 from gateway.routing import Door
 from gateway.services import services_of
@@ -44,17 +44,18 @@ async def completions(request: Request) -> Response:
 
 
 async def chat_completions(request: Request) -> Response:
-    gateway, tenant = services_of(request), tenant_of(request)
     body = await bodies.read(request)
-    call, params, messages = await bodies.in_worker(request, schemas.chat, body)
-    model = await models.resolve(gateway, tenant, call.model)
-    language = await gateway.openai.languages.of(model.record)
-    context = model.record.context
-    encode = partial(language.chat, messages, gateway.clock(), call.chat_template_kwargs, context=context)
-    prompt = await bodies.in_thread(request, len(body), encode)
-    options = SampleOptions(params, call.choices, call.top_logprobs or 0)
-    choice_format = ChatFormat(language, (call.top_logprobs or 0) if call.logprobs else None)
-    return await respond(request, Generation(call, model, language, [prompt], options, choice_format, [""]))
+    call, chat = await bodies.in_worker(request, schemas.chat, body)
+    ready = await chats.prepare(request, len(body), chat)
+    calling, scores = ready.calling, (chat.top if call.logprobs else None)
+    choice_format = (
+        ChatFormat(calling.language, scores)
+        if calling.form is None
+        else ToolChatFormat(calling.language, scores, calling, services_of(request).new_id)
+    )
+    prompts, shown = [ready.prompt], calling.special_tokens
+    generation = Generation(call, ready.model, calling.language, prompts, ready.options, choice_format, [""], shown)
+    return await respond(request, generation)
 
 
 def _encode(

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec import UNSET
+
 from gateway.openai.models import SampledModel
 from gateway.sample_queue import QueuedSample
 from gateway.services import Services
@@ -24,12 +26,13 @@ _RETRY_AFTER_S: Final = 30.0  # for a model that cannot be served
 @dataclass(frozen=True)
 class SampleOptions:
     """The options for each prompt. `top`, `prompt_top`: the number of alternatives at each sampled and each prompt
-    token; `prompt_top` None: the prompt is not scored."""
+    token; `prompt_top` None: the prompt is not scored. `grammar`: what the samples follow, if it is not empty."""
 
     params: SamplingParams
     choices: int
     top: int = 0
     prompt_top: int | None = None
+    grammar: str = ""
 
     def tokens_max(self, prompt: int, context: int) -> int:
         """The most tokens that a prompt of so many, once, and all its choices may have."""
@@ -74,6 +77,7 @@ class PendingSamples:
                     topk_prompt_logprobs=options.prompt_top or 0,
                     topk_sample_logprobs=options.top,
                     stream=self._stream,
+                    grammar=options.grammar or UNSET,
                 )
                 address = (SamplerId(f"openai:{self._tenant}"), next(self._gateway.openai.numbers))
                 body = await asyncio.to_thread(sample_requests.encode, call)

@@ -4,13 +4,17 @@ Defaults are OpenAI's. `top_k`, `ignore_eos` and `chat_template_kwargs` are addi
 unserved parameter is accepted if its value has no effect, since clients send it anyway.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
 
+from gateway.openai.chats import Chat
+from gateway.openai.response_formats import ResponseFormat
+from gateway.openai.tools import AgentChatMessage, ChosenTool, ToolChoice, Tools, use_of
 from knapper import limits
-from knapper.catalogue.conversations import ChatMessage, Message
+from knapper.catalogue.tools import AgentMessage, ToolUse
 from knapper.errors import InvalidField
 from knapper.wire import types
 from knapper.wire.json import decode
@@ -33,7 +37,6 @@ _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "presence_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
     "frequency_penalty": ((None, 0), "0: tokens are drawn from the model's own distribution, without penalties"),
     "logit_bias": ((None, {}), "none: tokens are drawn from the model's own distribution"),
-    "response_format": ((None, {"type": "text"}), '{"type": "text"}: output is not constrained'),
     "repetition_penalty": ((None, 1), "1: tokens are drawn from the model's own distribution, without penalties"),
     "length_penalty": ((None, 1), "1: there is no beam search"),
     "use_beam_search": ((None, False), "false: there is no beam search"),
@@ -44,11 +47,8 @@ _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_generation_prompt": ((None, True), "true: the assistant is asked to answer"),
     "continue_final_message": ((None, False), "false: the assistant is asked to answer"),
     "suffix": ((None, ""), "none: models are asked to continue, not to fill in"),
-    "tools": ((None, []), "none: tools are not served; describe them in a message"),
-    "tool_choice": ((None, "none", "auto"), "none: tools are not served"),
-    "functions": ((None, []), "none: functions are not served; describe them in a message"),
-    "function_call": ((None, "none", "auto"), "none: functions are not served"),
-    "parallel_tool_calls": ((None, True, False), ""),
+    "functions": ((None, []), "none: tools is their newer name"),
+    "function_call": ((None, "none", "auto"), "none: tool_choice is its newer name"),
     "modalities": ((None, ["text"]), '["text"]'),
     "audio": ((None,), "none: text only"),
     "prediction": ((None,), "none"),
@@ -182,18 +182,18 @@ class ChatRequest(SharedParameters, frozen=True, kw_only=True):
 
     prompt_field = "messages"
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.chat_messages_max)]
+    messages: Annotated[list[AgentChatMessage], Meta(min_length=1, max_length=limits.chat_messages_max)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
     chat_template_kwargs: dict[str, str | bool | int | float | None] = {}
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
-    parallel_tool_calls: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -202,9 +202,26 @@ class ChatRequest(SharedParameters, frozen=True, kw_only=True):
     add_generation_prompt: Any = None
     continue_final_message: Any = None
 
-    def conversation(self) -> list[Message]:
+    def conversation(self) -> list[AgentMessage]:
         """Raises InvalidField."""
-        return [message.message(f"messages[{i}]") for i, message in enumerate(self.messages)]
+        return [message.agent_message(f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+    def tool_use(self) -> ToolUse:
+        """Raises InvalidField."""
+        tools = [each.tool() for each in self.tools or ()]
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, ChosenTool) else None
+        choice = "auto" if isinstance(self.tool_choice, ChosenTool) or self.tool_choice is None else self.tool_choice
+        use = use_of(tools, choice, name, self.parallel_tool_calls is not False)
+        if use.forced and self.ignore_eos:
+            raise InvalidField("ignore_eos", True, "false beside tool_choice, by which a text ends with its calls")
+        return use
+
+    def answer(self) -> Mapping[str, Any] | None:
+        """The part of a grammar that an answer in words must follow, if any. Raises InvalidField."""
+        part = None if self.response_format is None else self.response_format.part()
+        if part is not None and self.ignore_eos:
+            raise InvalidField("ignore_eos", True, "false beside response_format, which says where a text ends")
+        return part
 
     def sampling(self) -> types.SamplingParams:
         """Raises InvalidField."""
@@ -225,7 +242,17 @@ def completion(body: bytes) -> tuple[CompletionRequest, types.SamplingParams, li
     return msgspec.structs.replace(request, prompt=""), request.sampling(), request.prompts()
 
 
-def chat(body: bytes) -> tuple[ChatRequest, types.SamplingParams, list[Message]]:
-    """(request without its messages, parameters, messages). Raises UserError."""
+def chat(body: bytes) -> tuple[ChatRequest, Chat]:
+    """(request without what the chat holds, chat). Raises UserError."""
     request = decode(body, ChatRequest)
-    return msgspec.structs.replace(request, messages=[]), request.sampling(), request.conversation()
+    asked = Chat(
+        request.model,
+        request.conversation(),
+        request.sampling(),
+        request.tool_use(),
+        request.answer(),
+        request.choices,
+        request.top_logprobs or 0,
+        request.chat_template_kwargs,
+    )
+    return msgspec.structs.replace(request, messages=[], response_format=None, tools=None), asked

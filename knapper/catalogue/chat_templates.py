@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from knapper.catalogue.conversations import Message
+from knapper.catalogue.tools import AgentMessage, Tool
 from knapper.errors import InvalidField, UserError
 from knapper.wire.untrusted import parsing
 
@@ -36,13 +36,21 @@ class Template:
             lambda error: InvalidField("chat_template", source, "a Jinja template", f"{error}. Repair the model's")
         ):
             self._template = environment.from_string(source)
+            self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+        self.source = source
 
     def render(
-        self, messages: Sequence[Message], now: float, more: Mapping[str, object], *, answering: bool = True
+        self,
+        messages: Sequence[AgentMessage],
+        now: float,
+        more: Mapping[str, object],
+        *,
+        tools: Sequence[Tool] = (),
+        answering: bool = True,
     ) -> str:
         """The prompt for the assistant's next words; without `answering` the messages alone.
 
-        `now`: seconds since the epoch. `more`: further variables.
+        `now`: seconds since the epoch. `more`: further variables. `tools` are for a template that `takes_tools`.
 
         Raises UserError.
         """
@@ -54,7 +62,7 @@ class Template:
             return self._template.render(
                 **variables,
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=[tool.as_template() for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=answering,
                 strftime_now=lambda form: time.strftime(form, time.localtime(now)),

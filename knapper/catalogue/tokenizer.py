@@ -10,7 +10,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 
 from knapper.catalogue.chat_templates import Template
-from knapper.catalogue.conversations import Message
+from knapper.catalogue.tools import AgentMessage, Tool
 from knapper.errors import ContextLengthExceeded, InvalidField, UserError
 
 _PIECE_CHARS: Final = 64 * 1024  # tokenized at once; a token takes some 400 bytes meanwhile
@@ -53,10 +53,16 @@ class Language:
         return self._tokens(text, context, "prompt", special=True)
 
     def chat(
-        self, messages: Sequence[Message], now: float, more: Mapping[str, object], *, context: int | None = None
+        self,
+        messages: Sequence[AgentMessage],
+        now: float,
+        more: Mapping[str, object],
+        *,
+        tools: Sequence[Tool] = (),
+        context: int | None = None,
     ) -> list[int]:
         """The prompt for the assistant's next words, from the model's template. Raises UserError."""
-        return self._tokens(self.render(messages, now, more), context, "messages", special=False)
+        return self._tokens(self.render(messages, now, more, tools=tools), context, "messages", special=False)
 
     def _tokens(self, text: str, context: int | None, field: str, *, special: bool) -> list[int]:
         """Raises ContextLengthExceeded for a text of far more tokens than `context`; others the sampler judges."""
@@ -89,7 +95,13 @@ class Language:
         return max(map(len, self.tokenizer.get_vocab(with_added_tokens=True)))
 
     def render(
-        self, messages: Sequence[Message], now: float, more: Mapping[str, object], *, answering: bool = True
+        self,
+        messages: Sequence[AgentMessage],
+        now: float,
+        more: Mapping[str, object],
+        *,
+        tools: Sequence[Tool] = (),
+        answering: bool = True,
     ) -> str:
         """The messages as the model's template writes them; `answering`: up to the assistant's next words.
 
@@ -101,7 +113,7 @@ class Language:
                 "v1/completions, or in a job's rows), or put a chat_template.jinja into the model's directory and "
                 "start knapper again"
             )
-        return self.template.render(messages, now, more, answering=answering)
+        return self.template.render(messages, now, more, tools=tools, answering=answering)
 
     def word(self, token: int) -> str:
         """What one token stands for inside a text; U+FFFD where that is no whole character.

@@ -121,6 +121,9 @@ class VllmSampler:
         if request.target_prompt_logprobs is not None:
             allowed = "none with the vLLM sampler, which scores only a prompt's own and its likeliest tokens"
             raise InvalidField("target_prompt_logprobs", "given", allowed)
+        if request.grammar:
+            allowed = "none with the vLLM sampler: vLLM runs without a tokenizer here, and constrains no text then"
+            raise InvalidField("grammar", "given", allowed, "Serve the model by the engine's own sampler")
         prompt, context = int(request.prompt.size), self._facts.context
         if prompt >= context:
             raise ContextLengthExceeded(prompt, context - 1, context, " with the vLLM sampler")

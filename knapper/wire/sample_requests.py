@@ -182,6 +182,9 @@ class SampleCall(RequestBody, frozen=True, kw_only=True):
     prompt_alt_tokens_k: TopK = 0
     prompt_logprobs_last_n: LastN | None = None
     stream: bool = False  # respond with the frames of knapper.wire.progress
+    grammar: Annotated[str, Meta(max_length=limits.grammar_bytes_max)] | UnsetType = (
+        UNSET  # not sent where there is none
+    )
 
     def sample(self, tenant: str = "") -> types.SampleRequest:
         targets = self.target_prompt_logprobs
@@ -199,4 +202,5 @@ class SampleCall(RequestBody, frozen=True, kw_only=True):
             prompt_alt_tokens_k=self.prompt_alt_tokens_k,
             prompt_logprobs_last_n=self.prompt_logprobs_last_n,
             tenant=tenant,
+            grammar=self.grammar or "",
         )

@@ -107,6 +107,7 @@ class SampleRequest:
     prompt_alt_tokens_k: int = 0  # draws at each position after the first
     prompt_logprobs_last_n: int | None = None  # of prompt_logprobs and topk_prompt_logprobs; None: all
     tenant: str = ""  # for fair sharing; has no effect on the result
+    grammar: str = ""  # that the samples follow, as knapper.wire.grammars makes it; empty: none
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,9 @@ def filled(head: str, unit: str, tail: str, between: str = ",") -> Callable[[int
     return make
 
 
+_TOOL = '{"type": "function", "function": {"name": "a", "parameters": {"anyOf": []}}}'
+
+
 def _keys(size: int) -> bytes:
     """An object of different names."""
     count = (size - 20) // len('"0000000":0,')
@@ -150,6 +153,13 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
     metadata = ("user_metadata", "[]", '{"a": [', "]}")
     answered = json.dumps(rollouts)[:-1] + ', "rollouts": [{"id": "a", "completion": "b", "answer": ['
     prefix = json.dumps(prompt)[:-1] + ', "messages": [{"role": "user", "content":'
+    response_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"anyOf": 0}}}
+    schema = json.dumps(prompt | {"messages": [{"role": "user", "content": "a"}], "response_format": response_format})
+    messages = [
+        _of(prompt, "messages", '{"role": "user", "content": "a"}'),
+        Worst("one long message", filled(f'{prefix} "', "hello, world! ", '"}]}', between="")),
+        _of({**prompt, "messages": [{"role": "user", "content": "a"}]}, "tools", '{"name": "a", "input_schema": {}}'),
+    ]
     bodies = {
         "/api/v1/auth/token": [_of({}, "a", "[]")],
         "/api/v1/client/config": [_text({}, "sdk_version", "x")],
@@ -223,9 +233,17 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
             Worst("one long message", filled(f'{prefix} "', "hello, world! ", '"}]}', between="")),
             Worst("parts", filled(f"{prefix} [", '{"type": "text"}', "]}]}")),
             _of({**prompt, "messages": [{"role": "user", "content": "a"}]}, "tools", "{}"),
+            _of({**prompt, "messages": [{"role": "user", "content": "a"}]}, "tools", _TOOL),
+            Worst("a schema", filled(f"{schema[:-5]}[", "{}", "]}}}}")),
         ],
+        "/v1/responses": [
+            _of({"model": objects.model, "max_output_tokens": 1}, "input", '{"role": "user", "content": "a"}'),
+            _text({"model": objects.model, "max_output_tokens": 1}, "input", "hello, world! "),
+        ],
+        "/v1/messages": messages,
+        "/v1/messages/count_tokens": messages,
         "/playground/chat": [_of(prompt, "messages", '{"role": "user", "content": "a"}')],
         **dict.fromkeys(("/signin", "/signout", "/admin/keys", "/admin/keys/revoke"), _FORMS),
     }
-    texts = {path: worst for path, worst in bodies.items() if path.startswith("/v1/")}
+    texts = {path: bodies[path] for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses")}
     return bodies | {f"/oai/api{path}": worst for path, worst in texts.items()}

@@ -186,8 +186,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, server: Server, model
         ask(model=str(model), messages=QUESTION, presence_penalty=1)
     assert (refused.value.param, refused.value.code) == ("presence_penalty", "invalid_field")
     assert refused.value.type == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="tools are not served"):
-        ask(model=str(model), messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.BadRequestError, match="tools is their newer name"):
+        ask(model=str(model), messages=QUESTION, functions=[{"name": "f"}])
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         ask(model="gpt-4", messages=QUESTION)
     with pytest.raises(openai.NotFoundError, match="does not exist"):

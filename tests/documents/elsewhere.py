@@ -71,6 +71,10 @@ TESTS: Final = {
         _OPERATING,
         "default: {runs: 5, rank: 16}",
     ): "tests/cli/test_quota.py::test_the_file_of_the_page_is_a_file_of_quotas",
+    (
+        "docs/openai.md",
+        "import anthropic",
+    ): "tests/conformance/test_anthropic.py::test_the_program_of_the_documentation_runs",
     ("docs/openai.md", "import tinker"): "tests/conformance/test_openai.py::test_the_program_of_the_documentation_runs",
     (
         "docs/export.md",

@@ -65,7 +65,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("0.308 s", "docs/performance.md"), ("0.494 s", "docs/performance.md"),
     ],
     "docs/models.md": [("50 ms", "(measured at the start, about)")],
-    "docs/openai.md": [("4 MiB", "limits:text_body_bytes_max")],
+    "docs/openai.md": [("64 KiB", "limits:grammar_bytes_max"), ("4 MiB", "limits:text_body_bytes_max")],
     "docs/operating.md": [
         ("30 s", "limits:slice_s"),
         ("30 days", "terraform/modules/storage/main.tf: days_since_noncurrent_time = 30"),
@@ -132,6 +132,10 @@ IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
         ("`stop` up to 64 texts", 64, "limits:stop_sequences_max"),
         ("up to 64 alternatives", 64, "limits:top_logprobs_max"),
         ("the newest thousand of your sampler checkpoints", 1000, "limits:models_listed_max"),
+        ("up to 128 `tools`", 128, "limits:tools_max"),
+        ("up to 16 of them", 16, "knapper.catalogue.call_formats:_CALLS_MAX"),
+        ("100 levels", 100, "limits:schema_nesting_max"),
+        ("512 with the targets of `$ref` added up", 512, "limits:schema_levels_max"),
     ],
     "docs/operating.md": [
         ("every ten seconds while files come", 10, "gateway.uploads:_LOOK_S"),

@@ -107,6 +107,7 @@ def _openai(base: str) -> dict[Way, Callable[[World, Random], Ask]]:
         ("GET", f"{base}/models/{{name:path}}"): nothing,
         ("POST", f"{base}/completions"): body(bodies.completion),
         ("POST", f"{base}/chat/completions"): body(bodies.chat),
+        ("POST", f"{base}/responses"): body(bodies.response),
         **{(method, f"{base}/{{path:path}}"): body(lambda *_: {"a": 1}) for method in rest},
     }
 
@@ -201,6 +202,8 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ),
     ("GET", "/api/v1/billing/usage/checkpoints/current"): query(project_id="p"),
     ("GET", "/api/v1/links/{token}"): nothing,
+    ("POST", "/v1/messages"): body(bodies.message),
+    ("POST", "/v1/messages/count_tokens"): body(bodies.counted),
     **_openai("/v1"),
     **_openai("/oai/api/v1"),
     # ---- the console

@@ -206,13 +206,68 @@ def completion(world: World, rng: Random) -> Any:
     return asked | {"prompt": prompt, "echo": not asked["stream"], "logprobs": 2}
 
 
+_ARGUMENTS = {"type": "object", "properties": {"a": {"enum": ["x", 1]}}, "required": ["a"], "$defs": {"b": {}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": _ARGUMENTS, "strict": True}}
+TOOLS: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": _ARGUMENTS}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False,
+}  # fmt: skip
+CALLED: list[Any] = [
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+    ]},
+    {"role": "tool", "tool_call_id": "c", "content": "2"},
+]  # fmt: skip
+
+
 def chat(world: World, rng: Random) -> Any:
     parts = [{"type": "text", "text": "hi"}]
     messages = [
         {"role": "system", "content": "be"},
         {"role": "user", "content": rng.choice(["hi", parts]), "name": "n"},
     ]
-    return openai(world, rng) | {"messages": messages, "logprobs": True, "top_logprobs": 2, "metadata": {}}
+    more = rng.choice([{}, {"response_format": SCHEMA}, TOOLS, TOOLS | {"messages": [*messages, *CALLED]}])
+    return openai(world, rng) | {"messages": messages, "logprobs": True, "top_logprobs": 2, "metadata": {}} | more
+
+
+def response(world: World, rng: Random) -> Any:
+    """Of OpenAI's Responses protocol."""
+    called = [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": 1}', "status": "completed"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "2"}]},
+    ]
+    said = {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+    tool = {"type": "function", "name": "f", "description": "d", "parameters": _ARGUMENTS, "strict": True}
+    form: Any = {"text": {"format": {"type": "json_schema", "name": "n", "schema": _ARGUMENTS}, "verbosity": "low"}}
+    calls: Any = {"tools": [tool], "tool_choice": {"type": "function", "name": "f"}}
+    return rng.choice([form, calls]) | {
+        "model": world.model, "input": rng.choice(["hi", [said], [said, *called]]), "instructions": "be",
+        "max_output_tokens": 2, "temperature": 0.5, "top_p": 0.9, "store": False, "metadata": {"a": "b"},
+    }  # fmt: skip
+
+
+def counted(world: World, rng: Random) -> Any:
+    """Of Anthropic's protocol."""
+    called = [
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "2", "is_error": True}]},
+    ]
+    tool = {"name": "f", "description": "d", "input_schema": _ARGUMENTS, "cache_control": {"type": "ephemeral"}}
+    more = rng.choice([{}, {"tools": [tool], "tool_choice": {"type": "tool", "name": "f"}}])
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, *rng.choice([[], called])]
+    return {
+        "model": world.model,
+        "messages": messages,
+        "system": rng.choice(["be", [{"type": "text", "text": "b"}]]),
+    } | more
+
+
+def message(world: World, rng: Random) -> Any:
+    parameters = {
+        "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "stop_sequences": ["x"], "stream": False,
+        "metadata": {"user_id": "u"}, "thinking": {"type": "disabled"},
+    }  # fmt: skip
+    return counted(world, rng) | parameters
 
 
 def event(type_: str, data: dict[str, Any]) -> Callable[[World, Random], Ask]:

@@ -99,7 +99,7 @@ class Neighbour:
 
 def model(place: Path) -> Path:
     """A tiny model below `place` that can chat."""
-    directory = tiny_model(place / "models" / "tiny")
+    directory = tiny_model(place / "models" / "tiny", context=2048)  # tools in words take a thousand bytes
     (directory / "chat_template.jinja").write_text(CHAT)
     return directory
 

@@ -119,6 +119,16 @@ _CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 _TEXT = {"prompt": "x", "max_tokens": 1}
 
 
+MESSAGES: dict[str, dict[str, Any]] = {"": _CHAT, "/count_tokens": {"messages": _CHAT["messages"]}}
+
+
+def named_models(more: dict[str, Any]) -> Named:
+    return Named([
+        body(lambda theirs, _: {"model": theirs.path("sampler_weights"), **more}),
+        body(lambda theirs, _: {"model": theirs.run, **more}),
+    ])  # fmt: skip
+
+
 def openai_doors(base: str) -> dict[tuple[str, str], Open | Own | Named]:
     return {
         ("GET", f"{base}/models"): Own(shows=lambda owned: owned.path("sampler_weights")),
@@ -128,6 +138,10 @@ def openai_doors(base: str) -> dict[tuple[str, str], Open | Own | Named]:
         ("POST", f"{base}/completions"): Named([
             body(lambda theirs, _: {"model": theirs.path("sampler_weights"), **_TEXT}),
             body(lambda theirs, _: {"model": theirs.run, **_TEXT}),
+        ]),
+        ("POST", f"{base}/responses"): Named([
+            body(lambda theirs, _: {"model": theirs.path("sampler_weights"), "input": "x"}),
+            body(lambda theirs, _: {"model": theirs.run, "input": "x"}),
         ]),
         ("POST", f"{base}/chat/completions"): Named([
             body(lambda theirs, _: {"model": theirs.path("sampler_weights"), **_CHAT}),
@@ -288,6 +302,7 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("POST", "/admin/keys"): Own({"data": {"tenant": "bob", "note": "mine"}}),
     ("POST", "/admin/keys/revoke"): Own({"data": {"id": "0123456789ab"}}),
     # ---- OpenAI's protocol
+    **{("POST", f"/v1/messages{rest}"): named_models(more) for rest, more in MESSAGES.items()},
     **openai_doors("/v1"),
     **openai_doors("/oai/api/v1"),
 }  # fmt: skip

@@ -140,6 +140,7 @@ def test_what_it_cannot_do_is_refused_by_name(house: House) -> None:
     for fields, complaint in (
         ({"temperature": 3.0}, "temperature is 3.0; allowed: 0 to 1e-06 .greedy., or 0.01 to 2"),
         ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k is 2; allowed: 0 with the vLLM sampler"),
+        ({"grammar": "{}", "ignore_eos": False}, "grammar is .given.; allowed: none with the vLLM sampler"),
     ):
         with pytest.raises(InvalidField, match=complaint):
             house.run(request(**fields))

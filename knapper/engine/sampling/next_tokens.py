@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from knapper.engine.sampling import grammar
 from knapper.engine.sampling.sequence import RunningSequence, SequenceGroup
 from knapper.engine.sampling.token_sampling import alternatives, draw, where_float64
 from knapper.errors import UserError
@@ -24,8 +25,10 @@ class NonFiniteLogits(UserError):
 def take_tokens(sequences: Sequence[RunningSequence], logits_NV: Tensor) -> dict[SequenceGroup, Exception]:
     """Draw a token for each sequence. Returns the requests that fail, with their errors; their sequences take none."""
     finite = logits_NV.isfinite().all(-1, keepdim=True)
+    logits_NV = torch.where(finite, logits_NV, 0.0)
+    broken = grammar.mask(sequences, logits_NV)
     drawn = draw(
-        torch.where(finite, logits_NV, 0.0),
+        logits_NV,
         [sequence.group.request.params for sequence in sequences],
         [t.uniform() for t in sequences],
     )
@@ -37,13 +40,15 @@ def take_tokens(sequences: Sequence[RunningSequence], logits_NV: Tensor) -> dict
     ):
         if not is_finite:
             failures[sequence.group] = NonFiniteLogits.of(sequence.group)
+        elif row in broken:
+            failures.setdefault(sequence.group, broken[row])
         if sequence.group in failures:
             continue
         k = sequence.group.request.topk_sample_logprobs
         topk = (likeliest[0][row, :k], likeliest[1][row, :k]) if likeliest is not None and k else None
         try:
             sequence.take(token, logprob, topk)
-        except Exception as error:  # noqa: BLE001  raised by its listener or its stop criteria: fails this request only
+        except Exception as error:  # noqa: BLE001  raised by its listener, stop criteria or grammar: fails this request only
             failures[sequence.group] = error
     return failures
 

@@ -12,6 +12,7 @@ from knapper.engine.executor import Executor, Work
 from knapper.engine.models.base import Model
 from knapper.engine.sampling import validation
 from knapper.engine.sampling.adapter_cache import AdapterCache, AdapterSource
+from knapper.engine.sampling.grammar import GrammarCompiler
 from knapper.engine.sampling.prompts import SamplingCounters
 from knapper.engine.sampling.scheduler import SamplingScheduler
 from knapper.engine.sampling.sequence import SequenceGroup
@@ -44,6 +45,7 @@ class EngineSampler:
         text_tokens_max: int | None = None,
     ) -> None:
         self._decoder, self._device, self._tokenizer = decoder, device, tokenizer
+        self._grammars = GrammarCompiler(tokenizer, decoder.config)
         self._text_tokens_max = text_tokens_max
         self._kv_tokens_max = kv_tokens_max
         self.slots_max = slots_max
@@ -70,12 +72,12 @@ class EngineSampler:
 
         A token's log-probability is that of the distribution that it was drawn from (see `token_sampling.draw`). Prompt
         log-probabilities are untempered; alternatives to prompt tokens are drawn at the request's temperature, without
-        its top_k and top_p. max_tokens 0 only scores the prompt; None samples to the end of the context, or of the
-        memory where that ends earlier. Cancelling the caller frees the slots. `listen` gets each token as it is drawn,
-        on the device's thread, which waits for it.
+        its top_k, top_p and grammar. max_tokens 0 only scores the prompt; None samples to the end of the context, or of
+        the memory where that ends earlier. Cancelling the caller frees the slots. `listen` gets each token as it is
+        drawn, on the device's thread, which waits for it.
 
-        Raises InvalidField or UserError for an invalid request, TooLarge if it can never fit, OutOfMemory if it turns
-        out not to, NonFiniteLogits for broken weights, Unavailable when too many requests wait.
+        Raises InvalidField or UserError for an invalid request or grammar, TooLarge if it can never fit, OutOfMemory if
+        it turns out not to, NonFiniteLogits for broken weights, Unavailable when too many requests wait.
         """
         config, params = self._decoder.config, request.params
         validation.check(request, config)
@@ -83,6 +85,9 @@ class EngineSampler:
             allowed = "token ids only, as this model has no tokenizer.json"
             raise InvalidField("sampling_params.stop", params.stop_strings[0], allowed)
         ends = () if params.ignore_eos else config.eos
+        grammar = None
+        if request.grammar:
+            grammar = await asyncio.to_thread(self._grammars.compile, request.grammar)
         tokens_max = self._tokens_max(request)
         async with AsyncExitStack() as stack:
             lora = None
@@ -95,6 +100,7 @@ class EngineSampler:
                 stops=StopCriteria((*ends, *params.stop_tokens), params.stop_strings, self._tokenizer),
                 tokens_max=tokens_max,
                 listen=listen,
+                grammar=grammar,
             )
             self._scheduler.submit(group)
             return await asyncio.wrap_future(group.future)

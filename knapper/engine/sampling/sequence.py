@@ -13,6 +13,7 @@ from torch import Tensor
 
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment
+from knapper.engine.sampling.grammar import Grammar
 from knapper.engine.sampling.prompt_logprobs import PromptLogprobs
 from knapper.engine.sampling.stop import StopCriteria
 from knapper.engine.sampling.token_sampling import uniforms
@@ -39,6 +40,7 @@ class SequenceGroup:
     stops: StopCriteria
     tokens_max: int
     listen: Callable[[TokenEvent], None] | None = None  # on the device's thread; must return at once
+    grammar: Grammar | None = None  # that its sequences follow
     future: "Future[SampleOutput]" = field(default_factory=Future)
     turn: int = 0
     started: int = 0  # sequences
@@ -143,6 +145,7 @@ class RunningSequence:
         self.group = group
         self.age = -1  # start order; the youngest has the highest
         self.tokens: list[int] = []
+        self.grammar = None if group.grammar is None else group.grammar.start()  # stays while it is parked
         self._number = number
         self._uniforms = uniforms(group.request.seed, number)
         self._uniform: float | None = None
@@ -171,6 +174,8 @@ class RunningSequence:
 
     def take(self, token: int, logprob: float, topk: tuple[Tensor, Tensor] | None) -> bool:
         """Add a token. True when the sequence ends with it; the group then has the finished sequence."""
+        if self.grammar is not None:
+            self.grammar.take(token)
         self.tokens.append(token)
         self._uniform = None
         self._logprobs.append(logprob)

@@ -34,6 +34,8 @@ def check(request: SampleRequest, config: Facts) -> None:
     if params.top_k != -1 and params.top_k < 1:
         raise InvalidField("sampling_params.top_k", params.top_k, "-1 (all), or 1 or more")
     _check_stops(request, config)
+    if request.grammar and params.ignore_eos:
+        raise InvalidField("ignore_eos", True, "false with a grammar: where it ends, the text ends")
 
 
 def check_adapter(adapter: str, lora: Lora, config: Facts) -> None:

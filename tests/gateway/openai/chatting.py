@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.engine.tiny import tiny_model
+from tests.engine.tiny import context, tiny_model
 
 TEMPLATE = (
     "{% for message in messages %}{{ bos_token }}{{ message['role'] }}\n{{ message['content'] }}{{ eos_token }}\n"
@@ -11,9 +11,9 @@ TEMPLATE = (
 )
 
 
-def chat_model(directory: Path, template: str | None = TEMPLATE) -> Path:
+def chat_model(directory: Path, template: str | None = TEMPLATE, context: int = context) -> Path:
     """`directory`, now with a tiny model, and with the template in its tokenizer_config.json."""
-    tiny_model(directory)
+    tiny_model(directory, context=context)
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if template is not None:

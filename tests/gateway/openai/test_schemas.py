@@ -107,8 +107,7 @@ def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}), ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"), ("verbosity", "chatty"), ("continue_final_message", True),
+        ("verbosity", "chatty"), ("continue_final_message", True),
         ("functions", [{}]), ("function_call", {"name": "f"}), ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
         ("prediction", {"type": "content"}), ("reasoning_effort", "low"), ("max_tokens", 0),
@@ -120,6 +119,32 @@ def test_what_chats_do_not_have_is_refused_by_name(field: str, value: Any) -> No
     with pytest.raises(InvalidField) as refused:
         chat(**{field: value}).sampling()
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ({"type": "grammar"}, "type"), ({"type": "json_schema"}, "json_schema.schema"), ({}, "type"),
+        ({"type": "json_schema", "json_schema": {"name": "n"}}, "json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"name": "", "schema": {}}}, "json_schema.name"),
+        ({"type": "json_object", "json_schema": {"name": "n", "schema": {}}}, "json_schema"),
+        ({"type": "json_object", "schema": {}}, "schema"),
+    ],
+)  # fmt: skip
+def test_a_response_format_that_says_nothing_or_too_much_is_refused(value: Any, field: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        chat(response_format=value).answer()
+    assert refused.value.field == f"response_format.{field}"
+
+
+def test_a_constrained_text_ends_where_its_grammar_does() -> None:
+    asked: dict[str, Any] = {"response_format": {"type": "json_object"}}
+    part = chat(**asked).answer()
+    assert part is not None
+    assert part["json_schema"]["type"] == "object"
+    assert chat(response_format={"type": "text"}).answer() is chat().answer() is None
+    with pytest.raises(InvalidField, match="ignore_eos is True"):
+        chat(**asked, ignore_eos=True).answer()
 
 
 @pytest.mark.parametrize(
@@ -181,7 +206,7 @@ def test_messages_are_texts_whole_or_in_parts() -> None:
     [
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[0].content[0].type"),
         ({"content": None}, "messages[0].content"),
-        ({"content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"content": "x", "tool_calls": [{}]}, "messages[0].tool_calls[0].function"),
     ],
 )
 def test_messages_that_are_no_texts_are_refused_by_name(message: dict[str, Any], field: str) -> None:

@@ -1,0 +1,1 @@
+"""Anthropic's protocol, over the same chats as OpenAI's."""

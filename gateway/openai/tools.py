@@ -1,0 +1,109 @@
+"""The fields `tools`, `tool_choice` and `tool_calls` of chats, checked, as templates and formats take them."""
+
+import json
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from knapper import limits
+from knapper.catalogue.conversations import ChatMessage
+from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
+from knapper.errors import InvalidField
+
+ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+
+
+class Function(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`strict` asks for calls that follow the schema: those that are forced do, and others are the model's own."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: Function
+
+    def tool(self) -> Tool:
+        return Tool(self.function.name, self.function.description or "", self.function.parameters or {})
+
+
+class ChosenFunction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: ToolName
+
+
+class ChosenTool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+Tools = Annotated[list[FunctionTool], Meta(max_length=limits.tools_max)]
+ToolChoice = Literal["none", "auto", "required"] | ChosenTool
+
+
+def use_of(tools: list[Tool], choice: Literal["none", "auto", "required"], name: str | None, several: bool) -> ToolUse:
+    """Raises InvalidField for two tools of one name, for too much of them, and for a choice that none of them is."""
+    names = [tool.name for tool in tools]
+    if (size := len(msgspec.json.encode(tools))) > limits.tools_bytes_max:
+        raise InvalidField("tools: bytes", size, f"up to {limits.tools_bytes_max}")
+    if twice := next((each for each in names if names.count(each) > 1), None):
+        raise InvalidField("tools", twice, "each name once")
+    if (name is not None or choice == "required") and not tools:
+        raise InvalidField("tool_choice", name or choice, "none or auto, as there are no tools")
+    if name is not None and name not in names:
+        raise InvalidField("tool_choice", name, f"one of tools: {', '.join(names)}")
+    return ToolUse(tuple(tools), "required" if name is not None else choice, name, several)
+
+
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: ToolName
+    arguments: str = ""
+
+
+class SentCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call of an earlier answer. `index`: as chunks of streams have it."""
+
+    id: Annotated[str, Meta(max_length=limits.id_chars_max)] = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+    def as_template(self, at: str) -> dict[str, Any]:
+        return call_as_template(self.id, self.function.name, arguments_of(self.function.arguments, at))
+
+
+class AgentChatMessage(ChatMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A message that may call tools, or be the result of a call."""
+
+    tool_calls: Annotated[list[SentCall], Meta(max_length=limits.tools_max)] | None = None
+    tool_call_id: Annotated[str, Meta(max_length=limits.id_chars_max)] | None = None
+
+    def agent_message(self, at: str) -> AgentMessage:
+        """As templates take it. Raises InvalidField."""
+        content = self.content or "" if self.tool_calls else self.content
+        message = {**msgspec.structs.replace(self, tool_calls=None, content=content).message(at)}
+        if self.tool_call_id is not None and self.role != "tool":
+            raise InvalidField(f"{at}.tool_call_id", self.tool_call_id, "none but in messages of the role tool")
+        if self.tool_calls:
+            calls = [call.as_template(f"{at}.tool_calls[{i}]") for i, call in enumerate(self.tool_calls)]
+            return {**message, "tool_calls": calls}
+        return message if self.tool_call_id is None else {**message, "tool_call_id": self.tool_call_id}
+
+
+def call_as_template(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call as chat templates take it: its arguments as an object, not as a text."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def arguments_of(text: str, at: str) -> dict[str, Any]:
+    """Raises InvalidField for what is no JSON object."""
+    try:
+        arguments = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidField(f"{at}.function.arguments", text, "a JSON object, as a text")
+    return arguments
