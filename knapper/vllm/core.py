@@ -124,10 +124,10 @@ class Core:
             max_lora_rank=next(rank for rank in RANKS if rank >= options.rank_max),
             enable_prefix_caching=True,
             enforce_eager=options.device == "cpu",  # compiling takes minutes there, and gains little
-            gpu_memory_utilization=options.memory,
             enable_sleep_mode=options.sleeps,
             disable_log_stats=True,
             worker_extension_cls="knapper.vllm.worker.WorkerPatches",
+            **({"gpu_memory_utilization": options.memory} if options.device == "cuda" else {}),
         )
         try:
             return cls(AsyncLLM.from_engine_args(arguments), options.sleeps)
