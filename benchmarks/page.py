@@ -95,9 +95,7 @@ def gpu(stored: Mapping[str, Any]) -> str:
 
 def small_models(stored: Mapping[str, Any]) -> str:
     """The table of a run of `python -m benchmarks.small_models`."""
-    machine = _MACHINE.format(**stored["machine"])
-    load = f"load {stored['machine']['load_1min']:.1f} before and {stored['load_1min_after']:.1f} after"
-    lines = [f"{machine}; {load}; {stored['took_s']} s.", ""]
+    lines = [f"{_MACHINE.format(**stored['machine'])}.", ""]
     lines += [
         "| model's sizes | dtype | weights | loaded in | a step | decode | memory |",
         "|---|---|--:|--:|--:|--:|--:|",

@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 
 from benchmarks import figures
 from knapper.engine.executor import Work
-from knapper.engine.hardware import has_bfloat16
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.loader import load
 from knapper.engine.models.prefill import PrefillPrompt
@@ -158,9 +157,7 @@ def measured(name: str, dtype: str) -> Cost:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_models", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
-    parser.add_argument(
-        "--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16" if has_bfloat16() else "float32"]
-    )
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
