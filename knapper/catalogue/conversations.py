@@ -1,7 +1,4 @@
-"""Messages of OpenAI's clients and turns of ShareGPT, both converted for chat templates.
-
-The gateway's `/v1` and the files of jobs read messages here, so that what one takes, the other does.
-"""
+"""Messages of OpenAI's clients and turns of ShareGPT in the files of jobs, both converted for chat templates."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
@@ -14,6 +11,7 @@ from knapper.errors import InvalidField
 from knapper.wire import json
 
 Message = dict[str, str]  # role, content, and name where one is given: what chat templates take
+Weight = Annotated[int, Meta(ge=0, le=1)]  # of a message in the loss, as OpenAI's files for fine-tuning have it
 
 # Who speaks, as collections of ShareGPT's form call them -> as chat templates do.
 SPEAKERS: Final = {
@@ -58,12 +56,18 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return {"role": self.role, "content": "".join(part.text for part in self.content)} | named
 
 
+class WeightedMessage(ChatMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A message of a row to train on."""
+
+    weight: Weight | None = None
+
+
 class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"speaker": "from"}):
-    """ShareGPT's. `weight` comes with some collections, and must say nothing."""
+    """ShareGPT's."""
 
     speaker: str
     value: str
-    weight: None = None
+    weight: Weight | None = None
 
     def message(self, at: str) -> Message:
         """Raises InvalidField for a speaker whose role is not certain."""
@@ -75,8 +79,17 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def conversation(sent: Sequence[object], at: str) -> list[Message]:
     """A list of messages, all of one form. `at`: the field's name, for errors. Raises InvalidField."""
+    messages, weights = weighted(sent, at)
+    for i, weight in enumerate(weights):
+        if weight is not None:
+            raise InvalidField(f"{at}[{i}].weight", weight, "none here: only what an sft job may learn has weights")
+    return messages
+
+
+def weighted(sent: Sequence[object], at: str) -> tuple[list[Message], list[Weight | None]]:
+    """The same with the weight of each message, None where it has none. Raises InvalidField."""
     if not 1 <= len(sent) <= limits.chat_messages_max:
         raise InvalidField(at, f"a list of {len(sent)}", f"1 to {limits.chat_messages_max} messages")
-    if any(isinstance(each, dict) and "from" in each for each in sent):
-        return [turn.message(f"{at}[{i}]") for i, turn in enumerate(json.shape(sent, list[Turn], at))]
-    return [message.message(f"{at}[{i}]") for i, message in enumerate(json.shape(sent, list[ChatMessage], at))]
+    shared = any(isinstance(each, dict) and "from" in each for each in sent)
+    read: Sequence[Turn | WeightedMessage] = json.shape(sent, list[Turn] if shared else list[WeightedMessage], at)
+    return [each.message(f"{at}[{i}]") for i, each in enumerate(read)], [each.weight for each in read]

@@ -22,19 +22,39 @@ def sft(name: str, data: bytes, loss_on: str | Sequence[str]) -> list[SftRow]:
     rows: list[SftRow] = []
     for line, row in _read("sft", name, data):
         rows.append(row)
-        if not isinstance(loss_on, str):
-            if not isinstance(row, ChatRow):
-                raise JobError(line, "prompt", "there", "rows of messages, as `loss_on` names roles", file=name)
-            if not _has(row, *loss_on):
-                roles = [message["role"] for message in row.messages]
-                raise JobError(line, "messages: roles", roles, f"one of {', '.join(loss_on)} at least", file=name)
-        elif isinstance(row, ChatRow) and loss_on == "completions" and not _has(row, "assistant"):
-            raise JobError(line, "messages: roles", "no assistant", "an assistant's message to learn", file=name)
+        if not isinstance(loss_on, str) and not isinstance(row, ChatRow):
+            raise JobError(line, "prompt", "there", "rows of messages, as `loss_on` names roles", file=name)
+        if isinstance(row, ChatRow):
+            _check_roles(name, line, row, loss_on)
+        _check_weights(name, line, row, loss_on)
     return rows
 
 
-def _has(row: ChatRow, *roles: str) -> bool:
-    return any(message["role"] in roles for message in row.messages)
+def _check_roles(name: str, line: int, row: ChatRow, loss_on: str | Sequence[str]) -> None:
+    roles = [message["role"] for message in row.messages]
+    if any(_learns(loss_on, role) for role in roles):
+        return
+    if isinstance(loss_on, str):
+        raise JobError(line, "messages: roles", "no assistant", "an assistant's message to learn", file=name)
+    raise JobError(line, "messages: roles", roles, f"one of {', '.join(loss_on)} at least", file=name)
+
+
+def _check_weights(name: str, line: int, row: SftRow, loss_on: str | Sequence[str]) -> None:
+    """Whether something is left to learn, and no message that `loss_on` leaves out has a weight of 1."""
+    at, said = ("messages", row.messages) if isinstance(row, ChatRow) else ("completion", row.completion)
+    if isinstance(said, str) or not row.weights:
+        return
+    learns = [_learns(loss_on, message["role"]) for message in said]
+    for n, weight in enumerate(row.weights):
+        if weight and not learns[n]:
+            allowed = f"0 or none: `loss_on` leaves out what the {said[n]['role']} says"
+            raise JobError(line, f"{at}[{n}].weight", weight, allowed, "Or name the role in `loss_on`", file=name)
+    if not any(each and weight != 0 for each, weight in zip(learns, row.weights, strict=True)):
+        raise JobError(line, f"{at}: weights", list(row.weights), "one message to learn at least", file=name)
+
+
+def _learns(loss_on: str | Sequence[str], role: str) -> bool:
+    return loss_on == "all" or role in (["assistant"] if loss_on == "completions" else loss_on)
 
 
 def dpo(name: str, data: bytes) -> list[PairRow]:

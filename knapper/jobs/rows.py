@@ -1,6 +1,6 @@
 """The rows of data files: every accepted form, read as one of four kinds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar
@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta
 
-from knapper.catalogue.conversations import Message, conversation
+from knapper.catalogue.conversations import Message, Weight, conversation, weighted
 from knapper.errors import InvalidField
 from knapper.jobs.spec import Kind
 from knapper.text.suggestions import did_you_mean
@@ -18,6 +18,7 @@ Text = Annotated[str, Meta(min_length=1)]
 Messages = list[Message]
 Prompt = str | Messages
 Completion = str | Messages  # messages: those that follow a prompt of messages
+Weights = Sequence[Weight | None]  # of each message; empty: none has one
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class RlRow:
 @dataclass(frozen=True)
 class ChatRow:
     messages: Messages
+    weights: Weights = ()
 
 
 @dataclass(frozen=True)
 class CompletionRow:
+    """`weights`: of the completion's messages."""
+
     prompt: Prompt
     completion: Completion
+    weights: Weights = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class ChatForm(RowForm, frozen=True, kw_only=True):
     messages: list[Any]
 
     def row(self) -> ChatRow:
-        return ChatRow(conversation(self.messages, "messages"))
+        return _chat(self.messages, "messages")
 
 
 class ShareGptForm(RowForm, frozen=True, kw_only=True):
@@ -90,20 +95,21 @@ class ShareGptForm(RowForm, frozen=True, kw_only=True):
     id: str | int | None = None  # a label; ignored
 
     def row(self) -> ChatRow | PairRow:
-        return ChatRow(self.messages())
+        chat = _chat(self.conversations, "conversations")
+        before = self.before(chat.messages)
+        return ChatRow([*before, *chat.messages], chat.weights and [*(None for _ in before), *chat.weights])
 
-    def messages(self) -> Messages:
-        """Raises InvalidField."""
+    def before(self, messages: Messages) -> Messages:
+        """The message of `system`, if there is one. Raises InvalidField."""
         if self.tools not in (None, "", []):
             raise InvalidField(
                 "tools", self.tools, "none: write them into a system message, as the model shall see them"
             )
-        messages = conversation(self.conversations, "conversations")
         if not self.system:
-            return messages
+            return []
         if messages[0]["role"] == "system":
             raise InvalidField("system", self.system, "none beside a conversation that begins with a system message")
-        return [{"role": "system", "content": self.system}, *messages]
+        return [{"role": "system", "content": self.system}]
 
 
 class CompletionForm(RowForm, frozen=True, kw_only=True):
@@ -113,8 +119,11 @@ class CompletionForm(RowForm, frozen=True, kw_only=True):
     completion: Text | list[Any]
 
     def row(self) -> CompletionRow:
-        prompt = _prompt(self.prompt)
-        return CompletionRow(prompt, _completion(prompt, self.completion, "completion"))
+        prompt, completion = _prompt(self.prompt), self.completion
+        if isinstance(completion, str):
+            return CompletionRow(prompt, completion)
+        following = _chat(completion, "completion")
+        return CompletionRow(prompt, _following(prompt, following.messages, "completion"), following.weights)
 
 
 class PreferenceForm(RowForm, frozen=True, kw_only=True):
@@ -152,7 +161,8 @@ class ShareGptPair(ShareGptForm, frozen=True, kw_only=True):
 
     def row(self) -> PairRow:
         chosen, rejected = ([each] if isinstance(each, dict) else each for each in (self.chosen, self.rejected))
-        return _pair(self.messages(), chosen, rejected)
+        messages = conversation(self.conversations, "conversations")
+        return _pair([*self.before(messages), *messages], chosen, rejected)
 
 
 FORMS: Mapping[Kind, tuple[type[RowForm], ...]] = {
@@ -197,15 +207,21 @@ def _prompt(sent: str | list[Any]) -> Prompt:
     return sent if isinstance(sent, str) else conversation(sent, "prompt")
 
 
+def _chat(sent: list[Any], at: str) -> ChatRow:
+    messages, weights = weighted(sent, at)
+    return ChatRow(messages, weights if any(weight is not None for weight in weights) else ())
+
+
 def _completion(prompt: Prompt, sent: str | list[Any], at: str) -> Completion:
-    """The completion of the prompt. Raises InvalidField unless it clearly follows the prompt."""
-    if isinstance(sent, str):
-        return sent
-    messages = conversation(sent, at)
+    return sent if isinstance(sent, str) else _following(prompt, conversation(sent, at), at)
+
+
+def _following(prompt: Prompt, messages: Messages, at: str) -> Messages:
+    """The messages. Raises InvalidField unless they clearly follow the prompt."""
     if isinstance(prompt, str):
-        raise InvalidField(at, sent, "a text, as `prompt` is one", "Or write both as messages")
+        raise InvalidField(at, messages, "a text, as `prompt` is one", "Or write both as messages")
     if messages[: len(prompt)] == prompt:
-        raise InvalidField(at, sent, "only the messages that follow those of `prompt`")
+        raise InvalidField(at, messages, "only the messages that follow those of `prompt`")
     if prompt[-1]["role"] == "assistant":
         raise InvalidField(
             "the role of the prompt's last message", "assistant", "another: the completion is the assistant's"

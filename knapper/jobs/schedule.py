@@ -15,7 +15,7 @@ from knapper.wire import types
 
 def adamw(optimizer: Optimizer, step: int, steps: int) -> types.AdamW:
     """Of step 0 to steps - 1: up in a straight line over the warmup, then as the schedule says, down to `final`."""
-    warm, part = optimizer.warmup_steps, 1.0
+    warm, part = warmup_steps(optimizer, steps), 1.0
     if step < warm:
         part = (step + 1) / (warm + 1)
     elif optimizer.schedule != "constant":
@@ -26,6 +26,13 @@ def adamw(optimizer: Optimizer, step: int, steps: int) -> types.AdamW:
         learning_rate=optimizer.learning_rate * part, beta1=optimizer.beta1, beta2=optimizer.beta2,
         eps=optimizer.eps, weight_decay=optimizer.weight_decay, grad_clip_norm=optimizer.grad_clip_norm,
     )  # fmt: skip
+
+
+def warmup_steps(optimizer: Optimizer, steps: int) -> int:
+    """A ratio is rounded up, as transformers does; first to a millionth, so that 0.07 of 100 steps are 7, not 8."""
+    if optimizer.warmup_ratio is None:
+        return optimizer.warmup_steps
+    return math.ceil(round(optimizer.warmup_ratio * steps, 6))
 
 
 def sampled_from(job: RlJob, step: int) -> int:

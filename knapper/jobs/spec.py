@@ -53,6 +53,7 @@ class Optimizer(SpecPart, frozen=True, kw_only=True):
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Annotated[int, Meta(ge=0, le=limits.job_steps_max)] = 0
+    warmup_ratio: Unit | None = None  # of all steps, instead of warmup_steps
     final: Annotated[float, Meta(ge=0, le=1)] = 0.0  # where linear and cosine end, as a part of learning_rate
     grad_clip_norm: Factor = 1.0  # 0: off
     beta1: Unit = 0.9
@@ -212,6 +213,7 @@ def _check(job: AnyJob) -> None:
     """Checks across fields. Raises InvalidField."""
     if not (job.lora.train_attn or job.lora.train_mlp or job.lora.train_unembed):
         raise InvalidField("lora.train_attn", False, "at least one of train_attn, train_mlp and train_unembed is true")
+    _check_warmup(job.optimizer, job.steps)
     if isinstance(job, RlJob):
         rewards.names(job.reward)
         _check_loss(job.loss)
@@ -219,6 +221,16 @@ def _check(job: AnyJob) -> None:
     if (job.steps is None) == (job.epochs is None):
         value = "both" if job.steps is not None else None
         raise InvalidField("steps", value, "one of `steps:` and `epochs:`")
+
+
+def _check_warmup(optimizer: Optimizer, steps: int | None) -> None:
+    """`steps`: None if they follow from epochs; then a long warmup ends with the job."""
+    if optimizer.warmup_ratio is not None and optimizer.warmup_steps:
+        allowed = "none beside warmup_steps: one of the two"
+        raise InvalidField("optimizer.warmup_ratio", optimizer.warmup_ratio, allowed)
+    if steps is not None and optimizer.warmup_steps > steps:
+        allowed = f"0 to {steps}, the steps of the job: a longer warmup never ends"
+        raise InvalidField("optimizer.warmup_steps", optimizer.warmup_steps, allowed)
 
 
 def _check_loss(loss: LossName) -> None:

@@ -3,7 +3,7 @@
 T tokens of an example.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from knapper.catalogue.conversations import Message
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import InvalidField, UserError
-from knapper.jobs.rows import Completion, CompletionRow, PairRow, Prompt, SftRow
+from knapper.jobs.rows import Completion, CompletionRow, PairRow, Prompt, SftRow, Weights
 from knapper.wire.types import Datum, Int32
 
 Mask = NDArray[np.bool_]
@@ -55,14 +55,14 @@ class RowTokenizer:
     def completion(self, tokens: Sequence[int]) -> str:
         return str(self.language.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def answered(self, prompt: Prompt, completion: Completion) -> Example:
+    def answered(self, prompt: Prompt, completion: Completion, weights: Weights = ()) -> Example:
         """The prompt, the completion, and the token that ends a text; the loss counts what follows the prompt.
 
-        Of following messages, it counts only what the model itself would write.
+        Of following messages, it counts only what the model itself would write, where their weight is not 0.
         """
         if not isinstance(completion, str):
             assert not isinstance(prompt, str), "messages follow messages"
-            return self._chat([*prompt, *completion], ("assistant",), len(prompt))
+            return self._chat([*prompt, *completion], ("assistant",), len(prompt), weights)
         before = self.prompt(prompt)
         after = self.language.tokenizer.encode(completion, add_special_tokens=False).ids
         end = [] if self.language.end is None else [self.language.end]
@@ -75,24 +75,36 @@ class RowTokenizer:
 
     def sft(self, row: SftRow, loss_on: str | Sequence[str]) -> Example:
         if isinstance(row, CompletionRow):
-            example = self.answered(row.prompt, row.completion)
-            return example if loss_on != "all" else _all(example)
+            if loss_on != "all":
+                return self.answered(row.prompt, row.completion, row.weights)
+            if isinstance(row.prompt, str) or isinstance(row.completion, str):
+                return _all(self.answered(row.prompt, row.completion))
+            return self._chat([*row.prompt, *row.completion], None, len(row.prompt), row.weights)
         roles = ("assistant",) if loss_on == "completions" else loss_on
-        return self._chat(row.messages, None if roles == "all" else roles)
+        return self._chat(row.messages, None if roles == "all" else roles, 0, row.weights)
 
-    def _chat(self, messages: Sequence[Message], roles: Sequence[str] | None, first: int = 0) -> Example:
-        """`roles`: whose messages count, from `first` on; of an assistant what the model itself would write."""
+    def _chat(
+        self, messages: Sequence[Message], roles: Sequence[str] | None, first: int = 0, weights: Weights = ()
+    ) -> Example:
+        """`roles`: whose messages count, from `first` on; of an assistant what the model itself would write.
+
+        None: every token counts. `weights`: of the messages from `first` on; one of weight 0 does not count.
+        """
         whole = self.language.render(messages, self.now, {}, answering=False)
         encoded = self.language.tokenizer.encode(whole, add_special_tokens=False)
-        if roles is None:
-            return _all(self._example(encoded.ids, np.ones(len(encoded.ids), np.bool_)))
-        counted = [n for n, message in enumerate(messages) if n >= first and message["role"] in roles]
-        spans = [self._span(messages, n, whole) for n in counted]
+        left_out = {n for n, weight in enumerate(weights, first) if weight == 0}
         starts = np.array([begin for begin, _ in encoded.offsets])
-        counts = np.zeros(len(starts), np.bool_)
-        for begin, end in spans:
-            counts |= (starts >= begin) & (starts < end)
-        return self._example(encoded.ids, counts)
+
+        def said_by(numbers: Iterable[int]) -> Mask:
+            counts = np.zeros(len(starts), np.bool_)
+            for begin, end in [self._span(messages, n, whole) for n in numbers]:
+                counts |= (starts >= begin) & (starts < end)
+            return counts
+
+        if roles is None:
+            return self._example(encoded.ids, ~said_by(sorted(left_out)))
+        counted = [n for n, message in enumerate(messages) if n >= first and message["role"] in roles]
+        return self._example(encoded.ids, said_by(n for n in counted if n not in left_out))
 
     def _span(self, messages: Sequence[Message], n: int, whole: str) -> tuple[int, int]:
         """(first, end) in characters of what message n adds to the text of those before it."""

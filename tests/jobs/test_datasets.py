@@ -91,6 +91,12 @@ PAIRED = rows.PairRow([user("a")], [assistant("b")], [assistant("c")])
         ("sft", {"messages": [human("a"), gpt("b")]}, CHATTED),
         ("sft", {"conversations": [human("a"), gpt("b")]}, CHATTED),
         ("sft", {"id": "x_0", "conversations": [human("a"), gpt("b") | {"weight": None}], "tools": ""}, CHATTED),
+        ("sft", {"messages": [user("a") | {"weight": None}, assistant("b") | {"weight": None}]}, CHATTED),
+        ("sft", {"messages": [user("a"), assistant("b") | {"weight": 1}]}, rows.ChatRow(CHATTED.messages, [None, 1])),
+        ("sft", {"system": "s", "conversations": [human("a") | {"weight": 0}, gpt("b") | {"weight": 1}]},
+         rows.ChatRow([SYSTEM, *CHATTED.messages], [None, 0, 1])),
+        ("sft", {"prompt": [user("a")], "completion": [assistant("b") | {"weight": 1}]},
+         rows.CompletionRow([user("a")], [assistant("b")], [1])),
         ("sft", {"conversations": [user("a"), assistant("b")]}, CHATTED),
         ("sft", {"conversations": [{"from": "user", "value": "a"}, {"from": "chatgpt", "value": "b"}]}, CHATTED),
         ("sft", {"conversations": [{"from": "system", "value": "s"}, human("a"), gpt("b")]},
@@ -122,7 +128,15 @@ def test_every_form_of_a_row_is_read_as_what_it_means(kind: spec.Kind, sent: obj
     ("kind", "sent", "says"),
     [
         ("sft", {"conversations": [human("a"), {"from": "observation", "value": "{}"}]}, "from is 'observation'"),
-        ("sft", {"conversations": [human("a"), gpt("b") | {"weight": 0}]}, r"\[1\].weight is 0; allowed: null"),
+        ("sft", {"conversations": [human("a"), gpt("b") | {"weight": 2}]}, r"conversations\[1\].weight is 2; .*1"),
+        ("sft", {"messages": [user("a"), assistant("b") | {"weight": 0.5}]}, r"messages\[1\].weight"),
+        ("sft", {"messages": [user("a"), assistant("b") | {"weight": True}]}, r"messages\[1\].weight"),
+        ("sft", {"prompt": [user("a") | {"weight": 0}], "completion": "b"}, r"prompt\[0\].weight is 0; .*none here"),
+        ("rl", {"prompt": [user("a") | {"weight": 1}]}, r"prompt\[0\].weight is 1; allowed: none here"),
+        ("dpo", {"prompt": [user("a")], "chosen": [assistant("b") | {"weight": 1}], "rejected": [assistant("c")]},
+         r"chosen\[0\].weight is 1; allowed: none here"),
+        ("dpo", {"conversations": [human("a") | {"weight": 0}], "chosen": gpt("b"), "rejected": gpt("c")},
+         r"conversations\[0\].weight is 0; allowed: none here"),
         ("sft", {"conversations": [human("a"), assistant("b")]}, r"conversations\[1\]"),
         ("sft", {"conversations": [human("a"), gpt("b")], "tools": "[{}]"}, "tools is"),
         ("sft", {"system": "s", "conversations": [SYSTEM, user("a"), assistant("b")]}, "system is 's'"),
@@ -155,6 +169,30 @@ def test_a_row_of_an_unknown_form_is_told_of_all_forms(kind: spec.Kind, sent: ob
         rows.read(kind, json.dumps(sent).encode())
     for form in rows.FORMS[kind]:
         assert form.shown in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "weights", "says"),
+    [
+        ("completions", [0, 0], r"d, line 2: messages: weights is \[0, 0\]; allowed: one message to learn at least"),
+        ("all", [0, 0], "one message to learn"),
+        (["user"], [0, None], "one message to learn"),
+        ("completions", [1, 1], r"line 2: messages\[0\].weight is 1; allowed: 0 or none.*the user says"),
+        (["user"], [1, 1], r"messages\[1\].weight is 1; .*the assistant says.*name the role in `loss_on`"),
+    ],
+)
+def test_weights_that_leave_nothing_or_contradict_loss_on_are_refused(
+    loss_on: str | list[str], weights: list[int | None], says: str
+) -> None:
+    said = [user("a") | {"weight": weights[0]}, assistant("b") | {"weight": weights[1]}]
+    with pytest.raises(JobError, match=says):
+        datasets.sft("d", lines({"messages": [user("a"), assistant("b")]}, {"messages": said}).encode(), loss_on)
+
+
+def test_a_completions_weights_leave_something_to_learn() -> None:
+    row = {"prompt": [user("a")], "completion": [assistant("b") | {"weight": 0}]}
+    with pytest.raises(JobError, match=r"completion: weights is \[0\]; allowed: one message"):
+        datasets.sft("d", lines(row).encode(), "completions")
 
 
 def test_a_misspelt_field_is_told_which_was_meant() -> None:

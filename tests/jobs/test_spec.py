@@ -81,6 +81,9 @@ def test_other_kinds() -> None:
         (DESIGN.replace(b"steps: 50\n", b""), 1, "steps", "required"),
         (DESIGN.replace(b"1.0e-4", b".nan"), 10, "optimizer.learning_rate", ""),
         (DESIGN.replace(b"linear", b"square"), 10, "optimizer.schedule", "square"),
+        (DESIGN.replace(b"warmup_steps: 5", b"warmup_steps: 51"), 10, "optimizer.warmup_steps", "0 to 50"),
+        (DESIGN.replace(b"warmup_steps: 5", b"warmup_ratio: 1.0"), 10, "optimizer.warmup_ratio", "1.0"),
+        (DESIGN.replace(b"warmup_steps", b"warmup_ratio: 0.1, warmup_steps"), 10, "optimizer.warmup_ratio", "one of"),
         (DESIGN.replace(b"importance_sampling", b"dro"), 8, "loss.name", "dro"),
         (
             DESIGN.replace(b"importance_sampling", b"gspo"),
@@ -124,6 +127,22 @@ def test_learning_rates_go_up_and_then_as_the_schedule_says() -> None:
     assert rates("linear") == [0.333, 0.667, 1, 0.75, 0.5, 0.25]
     assert rates("cosine") == [0.333, 0.667, 1, 0.854, 0.5, 0.146]
     assert rates("linear", final=0.5) == [0.333, 0.667, 1, 0.875, 0.75, 0.625]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "warm"), [(0.0, 100, 0), (0.07, 100, 7), (0.1, 30, 3), (0.1, 31, 4), (0.99, 1, 1)]
+)
+def test_a_warmup_may_be_a_part_of_all_steps(ratio: float, steps: int, warm: int) -> None:
+    optimizer = Optimizer(learning_rate=1.0, schedule="constant", warmup_ratio=ratio)
+    plain = Optimizer(learning_rate=1.0, schedule="constant", warmup_steps=warm)
+    assert schedule.warmup_steps(optimizer, steps) == warm
+    for step in range(steps):
+        assert schedule.adamw(optimizer, step, steps) == schedule.adamw(plain, step, steps)
+
+
+def test_the_longest_warmup_that_a_job_may_have() -> None:
+    job = spec.parse(DESIGN.replace(b"warmup_steps: 5", b"warmup_steps: 50")).job
+    assert job.optimizer.warmup_steps == 50
 
 
 def test_an_epoch_has_every_row_once_and_batches_go_on_over_its_end() -> None:

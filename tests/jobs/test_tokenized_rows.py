@@ -7,7 +7,7 @@ from knapper.catalogue.chat_templates import Template
 from knapper.catalogue.conversations import Message
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import InvalidField, UserError
-from knapper.jobs.rows import ChatRow, CompletionRow, PairRow
+from knapper.jobs.rows import ChatRow, CompletionRow, PairRow, Weights
 from knapper.jobs.tokenized_rows import Example, RowTokenizer, pack
 from tests.engine.tiny import _tokenizer as tokenizer
 from tests.engine.tiny import bos, eos
@@ -55,6 +55,35 @@ CHATTED = ChatRow(
 )
 def test_a_chat_counts_what_the_roles_said(loss_on: str | list[str], told: str) -> None:
     assert counted(texts().sft(CHATTED, loss_on)) == told
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "weights", "told"),
+    [
+        ("completions", [None, None, 0, None, None], f"the end{eos}"),
+        ("completions", [0, 0, 1, 0, 0], f"yo{eos}"),
+        (["user", "assistant"], [None, 0, 1, None, 0], f"yo{eos}|{bos}user\né?{eos}"),
+    ],
+)
+def test_a_message_of_weight_0_does_not_count(loss_on: str | list[str], weights: Weights, told: str) -> None:
+    assert counted(texts().sft(ChatRow(CHATTED.messages, weights), loss_on)) == told
+
+
+def test_all_counts_every_token_but_those_of_messages_of_weight_0() -> None:
+    everything = texts().sft(CHATTED, "all")
+    less = texts().sft(ChatRow(CHATTED.messages, [None, None, 0, None, 1]), "all")
+    assert less.tokens_T.tolist() == everything.tokens_T.tolist()
+    left_out = Example(less.tokens_T, everything.counts_T & ~less.counts_T)
+    assert counted(left_out) == f"yo{eos}"
+
+
+@pytest.mark.parametrize("loss_on", ["completions", "all"])
+def test_a_completions_messages_have_weights_of_their_own(loss_on: str) -> None:
+    prompt, said = CHATTED.messages[:2], CHATTED.messages[2:]
+    told = texts().sft(CompletionRow(prompt, said, [0, None, 1]), loss_on)
+    whole = texts().sft(ChatRow(CHATTED.messages, [None, None, 0, None, 1]), loss_on)
+    assert told.tokens_T.tolist() == whole.tokens_T.tolist()
+    assert told.counts_T.tolist() == whole.counts_T.tolist()
 
 
 def test_all_counts_every_token_but_the_first() -> None:

@@ -46,7 +46,7 @@ data: p.jsonl
 epochs: 2
 batch: {sequences: 2}
 lora: {rank: 4}
-optimizer: {learning_rate: 0.01}
+optimizer: {learning_rate: 0.01, schedule: cosine, warmup_ratio: 0.3, final: 0.1}
 evaluate: {data: e.jsonl, every: 2}
 """
 CHATS = lines(
