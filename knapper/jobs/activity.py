@@ -75,6 +75,7 @@ async def activity(
 
 def next_work(outline: Outline, now: Progress, steps: int) -> tuple[Function, Activity]:
     """The function at work and its activity (of several: the longest); the caller fills in `since`."""
+    steps = now.end(steps)
     open_versions = list(progress.evaluations(outline, now, steps))
     if isinstance(outline.job, RlJob):
         return _rl_work(outline, outline.job, now, open_versions)
@@ -85,20 +86,20 @@ def next_work(outline: Outline, now: Progress, steps: int) -> tuple[Function, Ac
 
 def _rl_work(outline: Outline, job: RlJob, now: Progress, open_versions: Sequence[int]) -> tuple[Function, Activity]:
     """The sampler prefers steps to evaluations, and finishes a round that it has begun."""
-    step, prompts = now.trained, job.batch.prompts
+    step, steps, prompts = now.trained, now.end(job.steps), job.batch.prompts
     parts = now.parts("steps", step)
     begun = 0 < len(parts.rollouts) < prompts
     for version in open_versions:
         evaluated = now.parts("evaluations", version)
         missing = len(evaluated.rollouts) < outline.held_out
-        sampled = step >= job.steps or len(parts.rollouts) == prompts
-        if not missing and step < job.steps:
+        sampled = step >= steps or len(parts.rollouts) == prompts
+        if not missing and step < steps and job.stop_early is None:
             continue
         if not begun and (version < step or evaluated.rollouts or sampled):
             function: Function = "sample" if missing else "reward"
             done = evaluated.rollouts if missing else evaluated.scores
             return function, Activity("evaluating", step=version, done=len(done), of=outline.held_out)
-    if step >= job.steps:
+    if step >= steps:
         return "train_step", Activity("saving")
     if len(parts.rollouts) < prompts:
         return "sample", Activity("sampling", step=step + 1, done=len(parts.rollouts), of=prompts)

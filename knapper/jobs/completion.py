@@ -7,7 +7,9 @@ from knapper.ids import TinkerPath
 from knapper.jobs import control, outputs, sample_usage
 from knapper.jobs.bill import bill
 from knapper.jobs.job_files import Folder
+from knapper.jobs.names import STEP, step_name
 from knapper.jobs.recipes import RunClients
+from knapper.jobs.selection import Ending
 from knapper.jobs.services import JobServices
 from knapper.jobs.worker import Stopped
 from knapper.state.checkpoints import Checkpoints
@@ -22,10 +24,12 @@ _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
 async def write(
-    services: JobServices, checkpoints: Checkpoints, folder: Folder, clients: RunClients, steps: int
+    services: JobServices, checkpoints: Checkpoints, folder: Folder, clients: RunClients, steps: int, ending: Ending
 ) -> None:
-    """Safe to interrupt and repeat. Raises Stopped if the job was cancelled at the last moment."""
+    """`steps`: trained. Safe to interrupt and repeat. Raises Stopped if the job was cancelled at the last moment."""
     start, store = folder.start, services.store
+    if ending.version != steps:
+        await clients.run.load(str(TinkerPath(start.run, "weights", step_name(ending.version))))
     adapter = TinkerPath.parse(await clients.run.save_for_sampler(FINAL))
     await clients.run.save(FINAL)
     index, files = await bundles.read(store, (await checkpoints.own(adapter, start.tenant)).bundle, _FILES)
@@ -39,10 +43,11 @@ async def write(
     now = services.clock()
     total = bill(folder, [*trained, *evaluated], clients.device_s, size, now, services.prices)
     await outputs.publish_bill(services, folder, total)
-    if not await control.change(store, start, "completed", "", services.clock()):
+    if not await control.change(store, start, "completed", ending.reason, services.clock()):
         raise Stopped
-    for checkpoint in await checkpoints.listed(start.tenant, within=f"{start.run}/sampler_weights/step-"):
-        await checkpoints.delete(TinkerPath.parse(checkpoint.path), start.tenant)
+    for kind in ("sampler_weights", "weights"):
+        for checkpoint in await checkpoints.listed(start.tenant, within=f"{start.run}/{kind}/{STEP}"):
+            await checkpoints.delete(TinkerPath.parse(checkpoint.path), start.tenant)
     took_s = round(services.clock() - folder.started.started_at)
     log.info("job completed", job=str(start), steps=steps, took_s=took_s, adapter=str(adapter))
     finish = Finish(reason="success", detail="the job is completed", finished_at=services.clock())

@@ -99,14 +99,15 @@ async def whole(services: JobServices, tenant: Tenant, job: str, after: int, pre
     started = await damage.unless(read(services.store, start.started, Started), None)
     if started is None:
         return fields
-    evaluations = await outputs.evaluations(services.store, start)
-    last = fields["steps"] if fields["steps"] is not None else -1
+    evaluations, job_spec = await outputs.evaluations(services.store, start), decode(started.spec_json)
+    planned = fields["steps"] if fields["steps"] is not None else -1
+    last = fields["step"] if fields["state"] == "completed" else planned
     fields |= {
         "base_model": started.base_model,
-        "adapts": decode(started.spec_json).lora.adapts,
+        "adapts": job_spec.lora.adapts,
         "run": start.run,
         "alarms": [alarms.shown(alarm) for alarm in await Alarms(services.store).newest(start.run)],
-        "evaluation": outputs.evaluation(evaluations, last) if evaluations else None,
+        "evaluation": outputs.evaluation(job_spec, evaluations, last) if evaluations else None,
         "outputs": layout.outputs(tenant, job),
         "job_yaml": started.job_yaml.decode(),
         **await damage.unless(_timing(services, start, started, evaluations, present), {}),
@@ -151,6 +152,7 @@ async def _timing(
     fields["activity"] = {**current.told(), "seconds": round(spent_s, 3)}
     worked_s = 0.0 if current.phase in activity.IDLE else spent_s
     if steps is not None:
+        steps = now.end(steps)
         left_s = activity.seconds_left(job, recent, evaluated, now.trained, steps, worked_s)
         if left_s is not None:
             fields |= {"seconds_left": round(left_s, 3), "ends_at": iso(clock + left_s)}

@@ -22,6 +22,12 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 JOB_YAML, JOB_ERROR = "job.yaml", "job.error.json"
 Round = Literal["steps", "evaluations"]
+STEP = "step-"  # checkpoints of versions while the job needs them
+
+
+def step_name(version: int) -> str:
+    """The checkpoint name of a version while the job needs it."""
+    return f"{STEP}{version}"
 
 
 def job(value: str) -> str:

@@ -6,13 +6,13 @@ import msgspec
 
 from knapper import limits
 from knapper.ids import Tenant
-from knapper.jobs import activity, control
+from knapper.jobs import activity, control, selection
 from knapper.jobs.activity import Activity, iso
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline, ProgressReader
 from knapper.jobs.services import JobServices
-from knapper.jobs.spec import decode
+from knapper.jobs.spec import AnyJob, decode
 from knapper.state import damage, layout
 from knapper.state.job_records import Control, Evaluated, Started, Trained, read
 from knapper.state.layout import last_number
@@ -72,15 +72,16 @@ async def evaluations(store: Store, start: Start) -> dict[int, Evaluated]:
     return dict(await damage.readable([name for name in listed if name.endswith("/evaluated")], read_one))
 
 
-def evaluation(evaluations: dict[int, Evaluated], steps: int) -> dict[str, Any]:
-    """Metrics before, after and at the steps between."""
+def evaluation(job: AnyJob, evaluations: dict[int, Evaluated], steps: int) -> dict[str, Any]:
+    """Metrics before, after and at the steps between; the best step, where the job asks for one."""
     metrics_of = {version: evaluated.metrics for version, evaluated in evaluations.items()}
     between = [{"step": version, **metrics} for version, metrics in metrics_of.items() if 0 < version < steps]
-    return {"before": metrics_of.get(0), "after": metrics_of.get(steps), "during": between}
+    summary = {"before": metrics_of.get(0), "after": metrics_of.get(steps), "during": between}
+    return summary | {"best": selection.described(job, evaluations)} if selection.selects(job) else summary
 
 
 async def publish_evaluations(services: JobServices, folder: Folder, steps: int) -> None:
-    summary = evaluation(await evaluations(services.store, folder.start), steps)
+    summary = evaluation(folder.job, await evaluations(services.store, folder.start), steps)
     await _publish_json(services, folder.start, "evaluation.json", summary)
 
 

@@ -10,6 +10,7 @@ from knapper.ids import number
 from knapper.jobs import schedule
 from knapper.jobs.names import Round, Start
 from knapper.jobs.spec import AnyJob, RlJob
+from knapper.state.job_records import Evaluated, read
 from knapper.store import Store
 
 
@@ -38,6 +39,11 @@ class Progress:
     trained: int
     rounds: Mapping[tuple[Round, int], RoundParts]
     evaluated_to: int  # all versions below it are evaluated that have to be
+    stopped: int | None = None  # the last version, where an evaluation of it has ended the job early
+
+    def end(self, steps: int) -> int:
+        """The last version. `steps`: as planned."""
+        return steps if self.stopped is None else self.stopped
 
     def parts(self, kind: Round, n: int) -> RoundParts:
         return self.rounds.get((kind, n), RoundParts())
@@ -90,7 +96,13 @@ class ProgressReader:
             (v for v in range(evaluated_to, trained + 1) if _open(outline, rounds, v, steps)), trained + 1
         )
         self._known[start] = (trained, evaluated_to)
-        return Progress(trained, rounds, evaluated_to)
+        return Progress(trained, rounds, evaluated_to, await self._stopped(outline, trained))
+
+    async def _stopped(self, outline: Outline, trained: int) -> int | None:
+        """No later step is trained, or sampled for, before a version that may be the last one is evaluated."""
+        version = schedule.decided(outline.job, trained)
+        evaluated = await read(self._store, outline.start.evaluated(version), Evaluated) if version else None
+        return version if evaluated is not None and evaluated.stop else None
 
 
 def _open(outline: Outline, rounds: Mapping[tuple[Round, int], RoundParts], version: int, steps: int) -> bool:
@@ -107,6 +119,7 @@ def _split(name: str) -> tuple[int, str, int]:
 
 def evaluations(outline: Outline, progress: Progress, steps: int) -> Iterator[int]:
     """Versions that exist and are not evaluated yet."""
+    steps = progress.end(steps)
     for version in range(progress.evaluated_to, progress.trained + 1):
         if schedule.evaluated(outline.job, version, steps) and not progress.parts("evaluations", version).done:
             yield version
@@ -114,7 +127,9 @@ def evaluations(outline: Outline, progress: Progress, steps: int) -> Iterator[in
 
 def rounds(outline: Outline, job: RlJob, progress: Progress) -> list[tuple[Round, int, int]]:
     """(kind, number, prompts) of the rounds of an rl job that are open now, the most urgent first."""
-    last = min(progress.trained + job.max_staleness, job.steps - 1)
+    last = min(progress.trained + job.max_staleness, progress.end(job.steps) - 1)
+    if job.stop_early is not None and job.evaluate is not None:  # what follows may never be trained
+        last = min(last, schedule.decided(job, max(progress.evaluated_to - 1, 0)) + job.evaluate.every - 1)
     steps: Sequence[tuple[Round, int, int]] = [
         ("steps", step, job.batch.prompts) for step in range(progress.trained, last + 1)
     ]
@@ -124,4 +139,4 @@ def rounds(outline: Outline, job: RlJob, progress: Progress) -> list[tuple[Round
 
 def finished(outline: Outline, progress: Progress, steps: int) -> bool:
     """Whether only the end of the job is left to write."""
-    return progress.trained >= steps and next(evaluations(outline, progress, steps), None) is None
+    return progress.trained >= progress.end(steps) and next(evaluations(outline, progress, steps), None) is None

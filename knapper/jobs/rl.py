@@ -12,9 +12,8 @@ from knapper.ids import RunId
 from knapper.jobs import advantages, schedule
 from knapper.jobs.bill import covered, union
 from knapper.jobs.job_files import Folder
-from knapper.jobs.names import Round, Start
+from knapper.jobs.names import Round, Start, step_name
 from knapper.jobs.recipes import RunClients, StepOutcome
-from knapper.jobs.rollouts import step_name
 from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.run_client import joined
 from knapper.jobs.spec import RlJob

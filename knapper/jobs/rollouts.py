@@ -19,7 +19,7 @@ from knapper.events.cloudevents import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import progress, schedule
 from knapper.jobs.job_files import Folder
-from knapper.jobs.names import Round
+from knapper.jobs.names import Round, step_name
 from knapper.jobs.progress import ProgressReader
 from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import RlJob
@@ -234,11 +234,6 @@ class _Round:
         if self.kind == "evaluations":
             return part
         return schedule.rows(self.job.seed, self.n, self.job.batch.prompts, self.folder.started.rows)[part]
-
-
-def step_name(version: int) -> str:
-    """The checkpoint name of a version while the job needs it."""
-    return f"step-{version}"
 
 
 async def _watch(within: Slice) -> None:

@@ -142,6 +142,11 @@ class RunClient:
         request = requests.SaveWeights(model_id=self.run, seq_id=self.seq, path=name)
         return _path(await self._apply("save_weights", requests.encode(request)))
 
+    async def load(self, path: str) -> None:
+        """Load a checkpoint of `save` into the run, with the optimizer's state."""
+        request = requests.LoadWeights(model_id=self.run, seq_id=self.seq, path=path, optimizer=True)
+        await self._apply("load_weights", requests.encode(request))
+
     async def _apply(self, kind: Kind, body: bytes, tokens: int = 0, provenance: Provenance | None = None) -> Result:
         await self.go_on(tokens)
         applied = await self.journal.apply(self.run, self.seq, kind, body, provenance)

@@ -5,20 +5,21 @@ A step is operations in the run's journal and one record, `trained`, which says 
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from knapper.catalogue.tokenizer import Language
 from knapper.errors import STANDING, KnapperError, damaged
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.ids import TinkerPath
-from knapper.jobs import completion, control, needs, outputs, progress, sample_usage, schedule
+from knapper.jobs import completion, control, needs, outputs, progress, sample_usage, schedule, selection
 from knapper.jobs.alarms import StepAlarms
 from knapper.jobs.job_files import Folder
-from knapper.jobs.names import Round, Start
+from knapper.jobs.names import STEP, Round, Start, step_name
 from knapper.jobs.outputs import Metrics
 from knapper.jobs.progress import Progress, ProgressReader
 from knapper.jobs.recipes import Recipe, RunClients
 from knapper.jobs.rl import Rl
-from knapper.jobs.rollouts import step_name
 from knapper.jobs.run_client import Journal, RunClient
 from knapper.jobs.spec import DpoJob, RlJob, SftJob
 from knapper.jobs.supervised import Dpo, Sft
@@ -78,7 +79,7 @@ class Training:
             await within.go_on()
             now = await self._progress_reader.look(folder.outline, recipe.steps)
             if progress.finished(folder.outline, now, recipe.steps):
-                await self._finish(folder, recipe, within, event)
+                await self._finish(folder, recipe, now, within, event)
                 return
             if not await self._advance(folder, recipe, now, within, event):
                 return
@@ -88,8 +89,11 @@ class Training:
         for version in progress.evaluations(folder.outline, now, recipe.steps):
             if _scored(recipe, now, "evaluations", version):
                 await self._evaluate(folder, recipe, version, within)
+                if isinstance(folder.job, RlJob) and folder.job.stop_early is not None:  # the next steps waited for it
+                    ring = self._services.notifier.ring
+                    await ring(event, cloudevents.ADAPTER_STEPPED, SOURCE, version, "evaluations")
                 return True
-        if now.trained < recipe.steps and _scored(recipe, now, "steps", now.trained):
+        if now.trained < now.end(recipe.steps) and _scored(recipe, now, "steps", now.trained):
             await self._train(folder, recipe, now.trained, within)
             await self._services.notifier.ring(event, cloudevents.ADAPTER_STEPPED, SOURCE, now.trained + 1)
             return True
@@ -101,6 +105,8 @@ class Training:
         if isinstance(folder.job, RlJob):
             alarms = StepAlarms(self._services.store, folder.start, folder.job)
             await alarms.look(step, clients.run.seq, outcome, self._services.clock())
+        if folder.job.keep == "best" and schedule.evaluated(folder.job, step + 1, recipe.steps):
+            await clients.run.save(step_name(step + 1))
         made_s = 0.0 if step else sum([await self.journal.creation_s(run) for run in recipe.runs])
         ended_at = self._services.clock()
         trained = Trained(
@@ -125,9 +131,13 @@ class Training:
             tokens=clients.tokens, bytes=clients.sent_bytes, spent=outcome.spent, began_at=clients.began_at or ended_at,
             ended_at=ended_at, device_s=clients.device_s,
         )  # fmt: skip
+        if selection.selects(folder.job):
+            done = {**await selection.history(self._services.store, folder.start), version: evaluated}
+            evaluated = msgspec.structs.replace(evaluated, stop=selection.stops(folder.job, done))
         await sample_usage.after_evaluation(self._services.store, folder, version, outcome.spent)
         await outputs.publish_rollouts(self._services, folder, f"evaluation-{version}", outcome.readable)
         await self._services.store.put_if_absent(folder.start.evaluated(version), encode(evaluated))
+        await self._forget_states(folder)
         await outputs.publish_evaluations(self._services, folder, recipe.steps)
         await control.note(self._services.store, folder.start, "", self._services.clock())
         await outputs.publish_status(self._services, folder.started)
@@ -159,15 +169,18 @@ class Training:
             folder.started.started_at if previous is None else previous.ended_at,
         )
 
-    async def _finish(self, folder: Folder, recipe: Recipe, within: Slice, event: Event) -> None:
-        clients = await self._clients(folder, recipe, recipe.steps, within, before_step=True)
+    async def _finish(self, folder: Folder, recipe: Recipe, now: Progress, within: Slice, event: Event) -> None:
+        steps = now.end(recipe.steps)
+        clients = await self._clients(folder, recipe, steps, within, before_step=True)
         await self._metrics.publish(folder)
-        await completion.write(self._services, self._checkpoints, folder, clients, recipe.steps)
+        done = await selection.history(self._services.store, folder.start) if selection.selects(folder.job) else {}
+        ending = selection.ending(folder.job, done, steps, recipe.steps)
+        await completion.write(self._services, self._checkpoints, folder, clients, steps, ending)
         self._metrics.forget(folder)
         for run in (folder.start.run, folder.start.reference):
             self.journal.forget(run)
         self._recipes.forget(folder.start)
-        await self._services.notifier.ring(event, cloudevents.JOB_COMPLETED, SOURCE, recipe.steps)
+        await self._services.notifier.ring(event, cloudevents.JOB_COMPLETED, SOURCE, steps)
 
     async def _course(self, folder: Folder) -> Recipe:
         return await self._recipes.get_once(folder.start, lambda: self._make(folder))
@@ -209,6 +222,17 @@ class Training:
         if version > 0 and not schedule.evaluated(job, version, steps):
             path = TinkerPath(folder.start.run, "sampler_weights", step_name(version))
             await self._checkpoints.delete(path, folder.start.tenant)
+
+    async def _forget_states(self, folder: Folder) -> None:
+        """Delete the states of versions that are evaluated and not the best."""
+        start = folder.start
+        if folder.job.keep != "best":
+            return
+        done = await selection.history(self._services.store, start)
+        best = selection.best(folder.job, done)
+        for entry in await self._checkpoints.labels(start.tenant, within=f"{start.run}/weights/{STEP}"):
+            if entry.path.name in {step_name(version) for version in done.keys() - {best}}:
+                await self._checkpoints.delete(entry.path, start.tenant)
 
 
 def _scored(recipe: Recipe, now: Progress, kind: Round, n: int) -> bool:

@@ -48,6 +48,13 @@ def evaluated(job: AnyJob, version: int, steps: int) -> bool:
     return version in (0, steps) or (evaluate.every > 0 and version % evaluate.every == 0)
 
 
+def decided(job: AnyJob, version: int) -> int:
+    """The newest version up to this one whose evaluation may stop the job before its last step; 0: none."""
+    if job.stop_early is None or job.evaluate is None:
+        return 0
+    return version // job.evaluate.every * job.evaluate.every
+
+
 def rows(seed: int, step: int, batch: int, count: int, total: int | None = None) -> list[int]:
     """The rows (0 to count - 1) of a step: the data in a new order each epoch, cut into batches without a gap.
 

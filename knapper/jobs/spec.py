@@ -101,6 +101,17 @@ class RlEvaluate(Evaluate, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
 
 
+class DpoEvaluate(Evaluate, frozen=True, kw_only=True):
+    metric: Literal["loss/mean", "margin/mean", "accuracy/mean"] = "loss/mean"  # of the best, for keep and stop_early
+
+
+class StopEarly(SpecPart, frozen=True, kw_only=True):
+    """Needs `evaluate`."""
+
+    patience: Annotated[int, Meta(ge=1, le=limits.job_steps_max)] = 3  # evaluations in a row that are not better
+    min_delta: Factor = 0.0  # what counts as better has to be better by more
+
+
 class JobSpec(SpecPart, frozen=True, kw_only=True):
     """The fields of every kind of job."""
 
@@ -109,6 +120,8 @@ class JobSpec(SpecPart, frozen=True, kw_only=True):
     lora: LoraSpec = LoraSpec()
     optimizer: Optimizer = Optimizer()
     seed: Seed = 0  # of the data's order, and of the samples
+    keep: Literal["last", "best"] = "last"  # the version whose adapter the job publishes
+    stop_early: StopEarly | None = None
 
     @property
     def files(self) -> list[str]:
@@ -155,6 +168,7 @@ class SftJob(Supervised, frozen=True, kw_only=True):
 class DpoJob(Supervised, frozen=True, kw_only=True):
     kind: Literal["dpo"]
     batch: DpoBatch = DpoBatch()
+    evaluate: DpoEvaluate | None = None
     beta: Annotated[float, Meta(gt=0, le=100)] = 0.1
 
 
@@ -214,6 +228,7 @@ def _check(job: AnyJob) -> None:
     if not (job.lora.train_attn or job.lora.train_mlp or job.lora.train_unembed):
         raise InvalidField("lora.train_attn", False, "at least one of train_attn, train_mlp and train_unembed is true")
     _check_warmup(job.optimizer, job.steps)
+    _check_selection(job)
     if isinstance(job, RlJob):
         rewards.names(job.reward)
         _check_loss(job.loss)
@@ -231,6 +246,17 @@ def _check_warmup(optimizer: Optimizer, steps: int | None) -> None:
     if steps is not None and optimizer.warmup_steps > steps:
         allowed = f"0 to {steps}, the steps of the job: a longer warmup never ends"
         raise InvalidField("optimizer.warmup_steps", optimizer.warmup_steps, allowed)
+
+
+def _check_selection(job: AnyJob) -> None:
+    field, value = ("stop_early", "there") if job.stop_early is not None else ("keep", job.keep)
+    if value == "last":
+        return
+    if job.evaluate is None:
+        raise InvalidField(field, value, "only beside `evaluate:`, whose held-out rows say what is best")
+    if not job.evaluate.every:
+        allowed = f"1 or more, beside `{field}:`: there is nothing to choose from if only the end is evaluated"
+        raise InvalidField("evaluate.every", 0, allowed)
 
 
 def _check_loss(loss: LossName) -> None:

@@ -142,7 +142,7 @@ class Trained(Record, frozen=True, kw_only=True):
 class Evaluated(Record, frozen=True, kw_only=True):
     """A version of the adapter was evaluated on the held-out data."""
 
-    v: int = 2  # 1 had no device_s
+    v: int = 3  # 1 had no device_s, 2 no stop
     next_seq: int
     reference_seq: int = 1
     metrics: dict[str, float]
@@ -152,6 +152,7 @@ class Evaluated(Record, frozen=True, kw_only=True):
     began_at: float
     ended_at: float
     device_s: float = 0.0
+    stop: bool = False  # the job ends with this version: its stop_early says so
 
 
 R = TypeVar("R", bound=Record)

@@ -65,6 +65,10 @@ TESTS: Final = {
         "docs/gpu.md",
         "make bench-gpu",
     ): "tests/benchmarks/test_gpu.py::test_every_phase_finds_its_figures_and_the_page_is_made_of_them",
+    (
+        "docs/jobs.md",
+        "evaluate: {data: held_out.jsonl",
+    ): "tests/jobs/test_documentation.py::test_the_example_of_the_best_step_belongs_to_every_kind",
     ("docs/jobs.md", "kind: rl "): "tests/jobs/test_documentation.py::test_the_example_of_the_page_is_a_job",
     (_OPERATING, "knapper quota set alice"): "tests/cli/test_quota.py::test_the_commands_of_the_page_do_what_they_say",
     (

@@ -77,6 +77,14 @@ def test_the_example_of_the_page_is_a_job() -> None:
     assert spec.parse(example.encode()).job.kind == "rl"
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_example_of_the_best_step_belongs_to_every_kind(kind: Kind) -> None:
+    example = PAGE.partition("\n### The best step\n")[2].partition("```yaml\n")[2].partition("```")[0]
+    reward = "reward: {name: exact_match}\n" if kind == "rl" else ""
+    job = spec.parse(f"kind: {kind}\ndata: d\nsteps: 90\n{reward}{example}".encode()).job
+    assert (job.keep, job.stop_early) == ("best", spec.StopEarly(patience=3, min_delta=0.001))
+
+
 @pytest.mark.parametrize("kind", FORMS)
 def test_every_form_of_a_row_is_on_the_page(kind: Kind) -> None:
     of_kind = PAGE.partition("\n| kind | row |\n")[2].partition(f"\n| `{kind}` | ")[2]
