@@ -19,14 +19,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from benchmarks import figures
-from knapper.engine.executor import Work
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.loader import load
 from knapper.engine.models.prefill import PrefillPrompt
@@ -34,8 +33,8 @@ from knapper.engine.models.weight_files import promised
 from knapper.engine.training.trainer import Trainer
 from knapper.state.journal.records import Spec
 from knapper.wire.types import AdamW, Datum, ForwardBackward
+from tests.engine.runs import done
 
-T = TypeVar("T")
 STORED: Final = Path("out/small_models.json")
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEXTS, TOKENS, DRAWN, RANK = 4, 128, 16, 16
@@ -120,8 +119,8 @@ def cost(directory: Path, dtype: torch.dtype) -> Cost:
     step_s = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        state, _ = _done(trainer.forward_backward(state, ForwardBackward(RUN, 1, data, "cross_entropy", {}, False)))
-        state, _ = _done(trainer.optim_step(state, AdamW()))
+        state, _ = done(trainer.forward_backward(state, ForwardBackward(RUN, 1, data, "cross_entropy", {}, False)))
+        state, _ = done(trainer.optim_step(state, AdamW()))
         step_s = time.perf_counter() - began
     lora, decoding = state.lora(), model.decode_state(TEXTS * 2 * TOKENS)
     for prefilled in model.prefill([PrefillPrompt(text[:-1], lora) for text in texts]):
@@ -136,22 +135,13 @@ def cost(directory: Path, dtype: torch.dtype) -> Cost:
     return Cost(numbers, load_s, step_s, TEXTS * DRAWN / (time.perf_counter() - began), peak)
 
 
-def _done(task: Work[T]) -> T:
-    while True:
-        try:
-            next(task)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-
-
 def measured(name: str, dtype: str) -> Cost:
     """In a process of its own, which loads the model and nothing else."""
     with TemporaryDirectory() as directory:
         write_model(Path(directory), name)
         command = [sys.executable, "-m", "benchmarks.small_models", "--one", directory, "--dtype", dtype]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        return Cost(**json.loads(done.stdout.splitlines()[-1]))
+        finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        return Cost(**json.loads(finished.stdout.splitlines()[-1]))
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def _target(root: object, reference: str, field: str) -> object:
             raise KeyError(reference)
         for step in reference.split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
-            node = node[int(step)] if isinstance(node, list) else node[step]  # type: ignore[index]
+            node = node[int(step)] if isinstance(node, list) else node[step]  # type: ignore[index]  # JSON
     except (KeyError, IndexError, TypeError, ValueError):
         allowed = "#, or #/... to a part of the same schema: nothing is fetched"
         raise InvalidField(f"{field}: $ref", reference, allowed) from None

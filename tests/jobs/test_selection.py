@@ -206,7 +206,7 @@ def test_while_a_job_runs_only_the_best_state_and_the_newest_are_stored(house: H
             most = max(most, len(await checkpoints.labels(LOCAL_TENANT, f"{begun.run}/weights/{STEP}")))
             await extend(name, data)
 
-        works.folder.extend = count  # type: ignore[method-assign]
+        works.folder.extend = count  # type: ignore[method-assign]  # counts, then calls it
         await works.run(begun)
         return most
 

@@ -116,7 +116,7 @@ def test_a_parked_sequence_goes_on_in_its_grammar(tmp_path: Path) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         step()
 
-    house.sampler._scheduler._step = failing  # type: ignore[method-assign]
+    house.sampler._scheduler._step = failing  # type: ignore[method-assign]  # a fault, planted
     for one, other in zip(roomy.run(*asked), house.run(*asked), strict=True):
         assert all(same(a, b) for a, b in zip(one.sequences, other.sequences, strict=True))
     assert not failures

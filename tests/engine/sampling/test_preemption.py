@@ -39,7 +39,7 @@ def test_a_text_that_was_parked_for_another_to_grow_has_the_bits_that_it_has_alo
 
     async def heard(sample_request: SampleRequest) -> SampleOutput:
         def listen(_: TokenEvent) -> None:
-            allocated.append(tight.sampler._scheduler._cache._cache.allocated)  # type: ignore[attr-defined]
+            allocated.append(tight.sampler._scheduler._cache._cache.allocated)  # type: ignore[attr-defined]  # of a native model
 
         return await tight.sampler.sample(sample_request, listen)
 
