@@ -25,6 +25,8 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         yield workplace
         log = workplace.server.log()
     assert "Traceback" not in log, log[-4000:]
+    alarms = [line for line in log.splitlines() if "alarm=" in line]
+    assert not alarms, "loops that do nothing wrong raise no alarm"
 
 
 @pytest.mark.parametrize(("loop", "steps"), CASES)

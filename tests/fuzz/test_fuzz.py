@@ -4,6 +4,7 @@
 """
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -102,6 +103,23 @@ GOOD = b'{"detail": "rank is 0; allowed: 1 to 256", "code": "invalid_field", "ca
 )
 def test_a_wrong_answer_is_seen(status: int, headers: dict[str, str], body: bytes, wrong: str | None) -> None:
     problem = fault(WAY, Answer(status, headers, body))
+    assert problem is None if wrong is None else wrong in (problem or "")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "wrong"),
+    [
+        ("/v1/messages", "not_found_error", None),
+        ("/v1/messages/count_tokens", "not_found_error", None),
+        ("/v1/messages", "invalid_request_error", "not the user's"),
+        ("/v1/messages", "api_error", "not the user's"),
+        ("/v1/chat/completions", "invalid_request_error", None),
+        ("/v1/chat/completions", "not_found_error", "not the user's"),
+    ],
+)
+def test_each_protocol_has_its_word_for_what_is_not_found(path: str, kind: str, wrong: str | None) -> None:
+    body = json.dumps({"error": {"message": "no such model", "code": "not_found", "type": kind}}).encode()
+    problem = fault(("POST", path), Answer(404, {}, body))
     assert problem is None if wrong is None else wrong in (problem or "")
 
 

@@ -7,6 +7,10 @@ from typing import Any
 from tests.fuzz.asks import Way
 
 _TELLS_MAX = 2100  # characters of an error: what it quotes is shortened in it
+# What Anthropic's protocol calls an error that is the user's, by its status; 400 and all others: invalid_request_error.
+_MESSAGES_ERRORS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def _refusal(way: Way, answer: Answer) -> str | None:
         return None if content.get("type") == "try_again" else f"a 408 of another form: {content}"
     if way[1].startswith(("/v1/", "/oai/", "/playground/")) and "error" in content:
         content = content["error"]
-        said, code, whose = content.get("message"), content.get("code"), content.get("type") == "invalid_request_error"
+        kinds = _MESSAGES_ERRORS if way[1].startswith("/v1/messages") else {}
+        whose = content.get("type") == kinds.get(answer.status, "invalid_request_error")
+        said, code = content.get("message"), content.get("code")
     else:
         said, code, whose = content.get("detail"), content.get("code"), content.get("category") == "user"
     if not isinstance(said, str) or not isinstance(code, str) or not said or not code:
