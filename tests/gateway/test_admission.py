@@ -187,9 +187,12 @@ def test_without_a_quota_an_operation_that_never_comes_is_given_up(running: Runn
     assert stored.kind == "tombstone"
 
 
+AT_ONCE = 8
+
+
 def pour(running: Running, run: str, count: int) -> int:
     """Tokens that were accepted, of so many operations at once."""
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(
             pool.map(lambda seq: running.forward_backward(fwdbwd(run, seq)).status_code, range(1, count + 1))
         )
@@ -206,7 +209,8 @@ def test_two_gateways_do_not_each_hand_out_the_whole_quota(tmp_path: Path, clock
         runs = a.make_run(), b.make_run()
         with ThreadPoolExecutor(2) as pool:
             accepted = sum(pool.map(pour, (a, b), runs, (100, 100)))
-        assert 294 <= accepted <= 450, "the whole quota, and at most the half that one had left when the other came"
+        unrecorded = 3 * AT_ONCE  # of operations that one was accepting as the other looked
+        assert 294 <= accepted <= 450 + unrecorded, "the quota, and half of what one had left when the other came"
         clock.at += 60
         assert used(a) == used(b) == accepted
         for running, run in zip((a, b), runs, strict=True):
@@ -342,7 +346,7 @@ def test_so_many_runs_are_open_and_more_when_a_session_has_finished(running: Run
 def test_runs_that_are_made_at_the_same_moment_do_not_exceed_the_quota(running: Running) -> None:
     allow(running, runs=3)
     session = running.session()
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(
             pool.map(lambda n: running.http.post("create_model", json=create_model(session, n)).status_code, range(8))
         )
