@@ -42,6 +42,7 @@ from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.observability.metrics import Reading
 from knapper.serving import backend
+from knapper.serving.handover import HandingMachine, handover
 from knapper.serving.identity import ProcessIdentity
 from knapper.serving.probe_results import StoredChoices
 from knapper.serving.runs import ClaimedRuns
@@ -168,8 +169,9 @@ def _runs(
         """Read anew: a copy of this process has the address of its own pod."""
         return Holder(identity.renew(), Settings.load(os.environ).address, terms)
 
+    handing = HandingMachine(machine, handover().saved)
     runs = ClaimedRuns(
-        store, CountedMachine(machine), holder(), time.time, idle_s=settings.run_idle_s, bytes_max=account.runs,
+        store, CountedMachine(handing), holder(), time.time, idle_s=settings.run_idle_s, bytes_max=account.runs,
         renewed=lambda: holder() if identity.moved else None,
     )  # fmt: skip
     shutdown.before(runs.leave)

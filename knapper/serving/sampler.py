@@ -12,6 +12,7 @@ from knapper.errors import InvalidField
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
 from knapper.serving import gates
+from knapper.serving.handover import handover
 from knapper.settings import Settings
 from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
@@ -62,6 +63,7 @@ def by_vllm(settings: Settings) -> Served:
     expect_files(Path(settings.model_directory))
     store = CountedStore(open_store(settings))
     sampler, context, dtype = open_sampler(settings, store, os.environ)
+    handover().to(sampler.offer)
     metrics.stage("weights", time.monotonic() - began)
     job_services = open_job_services(settings, store, time.time)
     return Served(settings.model, Path(settings.model_directory), context, sampler, job_services, f"vllm {dtype}")

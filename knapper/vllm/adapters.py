@@ -1,8 +1,10 @@
 """Adapters as files that the core reads: fetched once, verified, kept in memory, least recently used evicted first.
 
     adapters/<run>/<seq>/  --bundles.read, verified-->  <memory>/knapper-adapters-.../<number>/adapter_model.safetensors
+    a save of this process ----------- offer --------^
 
-Their content identifies them: checkpoints with the same bytes are one adapter, all others are different adapters.
+Their content identifies them: checkpoints with the same bytes are one adapter, all others are different adapters. They
+lie there in the base's dtype, in which the core computes them.
 """
 
 import asyncio
@@ -12,20 +14,24 @@ import os
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import structlog
+import torch
 
 from knapper import limits
 from knapper.engine import checkpoint_format
 from knapper.engine.layers.lora import layout
 from knapper.engine.models.config import Facts
-from knapper.errors import NotFound, UserError
+from knapper.errors import KnapperError, NotFound, UserError
 from knapper.state.journal import bundles
-from knapper.state.journal.records import Index, Spec
+from knapper.state.journal.machine import Files
+from knapper.state.journal.records import Spec
 from knapper.store import Store
 from knapper.store.files import is_torn, lock
 from knapper.vllm.core import Adapter
@@ -69,8 +75,10 @@ class AdapterFiles:
         memory: Path,
         forget: Callable[[Adapter], Awaitable[None]],
         refuse: Callable[[Spec], str],
+        dtype: torch.dtype,
     ) -> None:
-        self._store, self._facts, self._forget, self._refuse = store, facts, forget, refuse
+        self._store, self._facts, self._forget, self._refuse, self._dtype = store, facts, forget, refuse, dtype
+        self._offers: set[asyncio.Task[None]] = set()
         _sweep(memory)
         self._memory = memory
         self._directory: Path | None = None  # made for the first adapter: without any, a process leaves nothing
@@ -94,6 +102,20 @@ class AdapterFiles:
         finally:
             entry.users -= 1
 
+    def offer(self, spec: Spec, files: Files) -> None:
+        """Take an adapter of this process whose bundle is still to be stored: who asks for the bundle later finds its
+        content here. Called on the event loop. One that the core cannot have is left to the refusal of its samples.
+        """
+        if not self._refuse(spec):
+            task = asyncio.ensure_future(self._take_offered(spec, files))
+            self._offers.add(task)
+            task.add_done_callback(self._offers.discard)
+
+    @property
+    def offered(self) -> int:
+        """Offers under way."""
+        return len(self._offers)
+
     def close(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -110,26 +132,44 @@ class AdapterFiles:
                 )
             if reason := self._refuse(index.spec):
                 raise UserError(reason)
-            content = self._contents[bundle] = _content(index)
+            content = self._contents[bundle] = _content({part.name: part.sha256 for part in index.parts})
+        return self._laid(content, lambda: self._fetch(bundle, content))
+
+    def _laid(self, content: str, lay: Callable[[], Coroutine[Any, Any, FetchedAdapter]]) -> _Entry:
+        """The entry of a content, as the most recent one; `lay` makes its files if there are none."""
         entry = self._entries.get(content)
         if entry is None or entry.failed:
-            entry = self._entries[content] = _Entry(asyncio.ensure_future(self._fetch(bundle, content)))
+            entry = self._entries[content] = _Entry(asyncio.ensure_future(lay()))
         self._entries.move_to_end(content)
         return entry
 
     async def _fetch(self, bundle: str, content: str) -> FetchedAdapter:
         index, files = await bundles.read(self._store, bundle, _FILES)
+        return await self._lay(index.spec, files, content, bundle)
+
+    async def _take_offered(self, spec: Spec, files: Files) -> None:
+        copies = await asyncio.to_thread(lambda: {name: bytes(files[name]) for name in _FILES})
+        hashes = await asyncio.to_thread(lambda: {name: hashlib.sha256(data).digest() for name, data in copies.items()})
+        content = _content(hashes)
+        entry = self._laid(content, lambda: self._lay(spec, copies, content, "this process"))
+        try:
+            await asyncio.shield(entry.fetched)
+        except (KnapperError, OSError) as error:
+            log.info("adapter not taken from memory: its samples will say why", content=content[:12], reason=str(error))
+            return
+        await self._trim()
+
+    async def _lay(self, spec: Spec, files: dict[str, bytes], content: str, source: str) -> FetchedAdapter:
         # Checked here: an adapter that the core fails to load may end the core, for all requests.
-        adapter_layout = layout(self._facts, index.spec)
-        await asyncio.to_thread(checkpoint_format.read, files, index.spec, adapter_layout, with_optimizer=False)
+        adapter_layout = layout(self._facts, spec)
+        await asyncio.to_thread(checkpoint_format.read, files, spec, adapter_layout, with_optimizer=False)
         number = next(self._numbers)
         if self._directory is None:
             self._directory, self._descriptor = _locked_directory(self._memory)
         directory = self._directory / str(number)
-        await asyncio.to_thread(_write, directory, files)
-        size = sum(map(len, files.values()))
-        log.info("adapter fetched", adapter=bundle, content=content[:12], bytes=size)
-        return FetchedAdapter(Adapter(number, content, directory), index.spec, size)
+        size = await asyncio.to_thread(_write, directory, files, self._dtype)
+        log.info("adapter in memory", source=source, content=content[:12], bytes=size)
+        return FetchedAdapter(Adapter(number, content, directory), spec, size)
 
     async def _trim(self) -> None:
         """Evict the least recently used until the rest fits; adapters in use stay in any case."""
@@ -159,16 +199,26 @@ def refusal(spec: Spec, rank_max: int) -> str:
     return ""
 
 
-def _content(index: Index) -> str:
-    """The hash of the bundle's files that the core reads."""
-    parts = sorted((part.name, part.sha256) for part in index.parts if part.name in _FILES)
-    return hashlib.sha256(b"".join(sha256 for _, sha256 in parts)).hexdigest()
+def _content(hashes: Mapping[str, bytes]) -> str:
+    """The hash of the bundle's files that the core reads, by the SHA-256 of each file."""
+    return hashlib.sha256(b"".join(hashes[name] for name in sorted(_FILES))).hexdigest()
 
 
-def _write(directory: Path, files: dict[str, bytes]) -> None:
+def _write(directory: Path, files: dict[str, bytes], dtype: torch.dtype) -> int:
+    """The bytes written."""
     directory.mkdir()
+    size = 0
     for name in _FILES:
-        (directory / name).write_bytes(files[name])
+        content = _rounded(files[name], dtype) if name == checkpoint_format.ADAPTER else files[name]
+        size += (directory / name).write_bytes(content)
+    return size
+
+
+def _rounded(adapter: bytes, dtype: torch.dtype) -> bytes:
+    """A safetensors file with its numbers in `dtype`; float32 ones stay as they are."""
+    if dtype == torch.float32:
+        return adapter
+    return safetensors.torch.save({name: tensor.to(dtype) for name, tensor in safetensors.torch.load(adapter).items()})
 
 
 def _locked_directory(memory: Path) -> tuple[Path, int]:

@@ -77,7 +77,7 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
     attempts = Attempts(f"model {settings.model}", time.monotonic)
     engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_idle_s, attempts)
     refuse = partial(refusal, rank_max=settings.vllm_rank)
-    adapters = AdapterFiles(store, facts, settings.vllm_adapter_directory, engine.forget, refuse)
+    adapters = AdapterFiles(store, facts, settings.vllm_adapter_directory, engine.forget, refuse, dtype)
     atexit.register(adapters.close)
     atexit.register(engine.close)
     shutdown.before(engine.shut_down)

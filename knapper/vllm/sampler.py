@@ -19,6 +19,8 @@ from knapper.engine.sampling import validation
 from knapper.engine.sampling.next_tokens import NonFiniteLogits
 from knapper.engine.sampling.stop import StopCriteria
 from knapper.errors import ContextLengthExceeded, InvalidField, Unavailable
+from knapper.state.journal.machine import Files
+from knapper.state.journal.records import Spec
 from knapper.vllm import prompts
 from knapper.vllm.adapters import AdapterFiles
 from knapper.vllm.core import TEMPERATURES, Adapter, Core, SequenceRequest, TokenDelta, Top
@@ -83,6 +85,10 @@ class VllmSampler:
     def active(self) -> int:
         """Sequences that decode."""
         return self._slots.active
+
+    def offer(self, spec: Spec, files: Files) -> None:
+        """Take an adapter that this process saves: see AdapterFiles."""
+        self._adapters.offer(spec, files)
 
     async def sample(self, request: SampleRequest, listen: Callable[[TokenEvent], None] | None = None) -> SampleOutput:
         """The samples of one request: the same tokens for the same request, within rounding.

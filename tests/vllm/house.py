@@ -61,8 +61,9 @@ class House:
         )  # fmt: skip
         self.engine = CoreLifecycle(lambda: Core.start(options, os.environ), rest_s)
         self.adapters = AdapterFiles(
-            self.store, self.facts, memory, self.engine.forget, lambda spec: refusal(spec, rank_max)
-        )
+            self.store, self.facts, memory, self.engine.forget, lambda spec: refusal(spec, rank_max),
+            torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+        )  # fmt: skip
         self.slots = SlotQueue(sequences_max, options.adapters_at_once)
         self.device_time = DeviceTime(time.monotonic)
         self.sampler = VllmSampler(self.engine, self.adapters, self.facts, self.tokenizer, self.slots, self.device_time)

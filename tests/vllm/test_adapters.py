@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import safetensors.torch
+import torch
 
 from knapper import limits
 from knapper.engine import checkpoint_format
@@ -35,8 +37,10 @@ class Bench:
         self.memory.mkdir()
         self.adapter_files = self.open()
 
-    def open(self) -> AdapterFiles:
-        return AdapterFiles(self.store, self.facts, self.memory, self.forget, lambda spec: adapters.refusal(spec, 16))
+    def open(self, dtype: torch.dtype = torch.float32) -> AdapterFiles:
+        return AdapterFiles(
+            self.store, self.facts, self.memory, self.forget, lambda spec: adapters.refusal(spec, 16), dtype
+        )
 
     async def forget(self, adapter: Adapter) -> None:
         self.forgotten.append(adapter.number)
@@ -102,6 +106,52 @@ def test_the_longest_unused_goes_and_what_is_used_stays(bench: Bench, monkeypatc
         again = await take(bench.adapter_files, bundle("a1"))
         assert again.content == a1.content
         assert again.number != a1.number
+
+    asyncio.run(story())
+
+
+def test_a_save_of_this_process_is_laid_there_while_it_is_stored_and_sampled_once_it_is_durable(bench: Bench) -> None:
+    async def story() -> None:
+        state = adapter_state(bench.facts, SPEC)
+        files = checkpoint_format.export(state, with_optimizer=False)
+        bench.adapter_files.offer(SPEC, files)
+        async with asyncio.timeout(10):
+            while bench.adapter_files.offered:  # noqa: ASYNC110  nobody waits for it but this test
+                await asyncio.sleep(0.01)
+        [laid] = bench.memory.glob("*/*")
+        with pytest.raises(NotFound):  # its bundle is not stored yet: nobody may know its name
+            await take(bench.adapter_files, bundle("a"))
+        await bundles.write(bench.store, bundle("a"), files, spec=SPEC, seq=1, epoch=1)
+        await bench.store.delete(bundle("a") + checkpoint_format.ADAPTER)  # to see whether it is read
+        assert (await take(bench.adapter_files, bundle("a"))).directory == laid
+
+    asyncio.run(story())
+
+
+def test_an_offer_that_cannot_be_taken_leaves_its_samples_as_they_were(bench: Bench) -> None:
+    async def story() -> None:
+        wide = msgspec.structs.replace(SPEC, rank=17)
+        bench.adapter_files.offer(
+            wide, checkpoint_format.export(adapter_state(bench.facts, wide), with_optimizer=False)
+        )
+        broken = checkpoint_format.export(adapter_state(bench.facts, SPEC), with_optimizer=False)
+        bench.adapter_files.offer(msgspec.structs.replace(SPEC, rank=5), broken)
+        while bench.adapter_files.offered:  # noqa: ASYNC110  nobody waits for it but this test
+            await asyncio.sleep(0.01)
+        assert list(bench.memory.glob("*/*")) == []
+        await bench.save("a")
+        assert (await take(bench.adapter_files, bundle("a"))).directory.exists()
+
+    asyncio.run(story())
+
+
+def test_it_lies_there_in_the_dtype_of_the_base(bench: Bench) -> None:
+    async def story() -> None:
+        saved = safetensors.torch.load((await bench.save("a"))[checkpoint_format.ADAPTER])
+        adapter = await take(bench.open(torch.bfloat16), bundle("a"))
+        laid = safetensors.torch.load((adapter.directory / checkpoint_format.ADAPTER).read_bytes())
+        assert laid.keys() == saved.keys()
+        assert all(torch.equal(laid[name], saved[name].bfloat16()) for name in saved)
 
     asyncio.run(story())
 

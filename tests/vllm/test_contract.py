@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from knapper.engine import checkpoint_format
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
 from knapper.engine.models.decoder import Decoder
@@ -73,6 +74,25 @@ def test_log_probabilities_are_the_trainers_in_one_batch_of_all_shapes(
             np.testing.assert_allclose(sequence.logprobs, wanted.numpy(), atol=TOLERANCE)
             assert sequence.topk is not None
             np.testing.assert_allclose(sequence.topk.logprobs, drawn.topk(3).values.numpy(), atol=TOLERANCE)
+
+
+def test_an_adapter_that_its_process_hands_over_is_sampled_without_its_file_in_the_store(
+    house: House, trainer: Decoder
+) -> None:
+    async def offered() -> None:
+        house.sampler.offer(state.spec, checkpoint_format.export(state, with_optimizer=False))
+        while house.adapters.offered:  # noqa: ASYNC110  nobody waits for it but this test
+            await asyncio.sleep(0.01)
+
+    state = house.save("handed", seed=77)
+    asyncio.run(house.store.delete(bundle("handed") + checkpoint_format.ADAPTER))  # as if it were still on its way
+    house.within(offered())
+    [output] = house.run(request(adapter=bundle("handed"), prompt=prompt_of(20), max_tokens=8, seed=3))
+    [sequence] = output.sequences
+    whole = [*prompt_of(20).tolist(), *sequence.tokens.tolist()]
+    wanted = logits(trainer, whole, state.lora()).log_softmax(-1)[19:-1]
+    wanted_T = wanted.gather(1, torch.from_numpy(sequence.tokens).long()[:, None])[:, 0]
+    np.testing.assert_allclose(sequence.logprobs, wanted_T.numpy(), atol=TOLERANCE)
 
 
 def test_cut_distributions_are_renormalised(house: House, trainer: Decoder) -> None:

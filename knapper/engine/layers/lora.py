@@ -8,9 +8,10 @@ last; in each q, k, v, o, gate, up, down; lm_head at the end; of every target mo
 row-major; of a mixture's A of all experts, then B of all.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -27,8 +28,7 @@ class Lora:
     """An adapter for a forward pass, by target module: y += scale * (x @ a.T) @ b.T.
 
     `a`: (R, in), `b`: (out, R), float32; of experts (E, R, in) and (E, out, R). The names are those of
-    `Facts.lora_targets`; a missing one is not adapted. `rounded`: the same in the base's dtype, for a GPU's products in
-    training.
+    `Facts.lora_targets`; a missing one is not adapted. `rounded`: `Layout.rounded`, for a GPU's products in training.
     """
 
     a: dict[str, Tensor]
@@ -72,6 +72,23 @@ class Layout:
         """The adapter in the arena; its tensors are views."""
         matrices = list(self.matrices(arena_P))
         return Lora({target.name: a for target, a, _ in matrices}, {target.name: b for target, _, b in matrices}, scale)
+
+    def rounded(self, arena_P: Tensor, scale: float, dtype: torch.dtype) -> Lora:
+        """A copy in `dtype`, for products; of all but experts, whose pairs are rounded layer by layer: of a mixture
+        they are nearly the whole adapter.
+        """
+        dense: list[LoraTarget] = []
+        pieces: list[Tensor] = []
+        start = 0
+        for of_experts, targets in itertools.groupby(self.lora_targets, lambda target: target.experts is not None):
+            group = list(targets)
+            end = start + sum(target.numel(self.rank) for target in group)
+            if not of_experts:
+                dense += group
+                pieces.append(arena_P[start:end])
+            start = end
+        joined = pieces[0] if len(pieces) == 1 else torch.cat([arena_P[:0], *pieces])  # of experts alone there are none
+        return replace(self, lora_targets=tuple(dense)).lora(joined.to(dtype), scale)
 
     def initial(self, seed: int) -> Tensor:
         """The initial weights, as PEFT's: A uniform in +-1/sqrt(inputs) (kaiming uniform, a = sqrt(5)), B zero.

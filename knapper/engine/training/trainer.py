@@ -93,7 +93,7 @@ class Trainer:
         batches = deque(micro_batches(request.data, self.rows_max))
         lora = _leaves(state, sums_P)
         if not keeps_bits(self.decoder.device) and self.decoder.dtype != torch.float32:
-            lora = replace(lora, rounded=state.layout.lora(state.weights_P.to(self.decoder.dtype), state.scale))
+            lora = replace(lora, rounded=state.layout.rounded(state.weights_P, state.scale, self.decoder.dtype))
         return PendingRequest(lora, loss, config, sums_P, batches, request.data)
 
     def close(self, state: RunState, pending: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:

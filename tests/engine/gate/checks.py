@@ -78,7 +78,7 @@ def complaints(model: str, phase: str, counts: Counts) -> list[str]:
         lines = counts.float32_flops.most_common(2)
         found.append(f"{wide:.1%} of the products are float32; allowed: {floor['float32']:.1%}; most: {lines}")
     if counts.peak > floor["peak_gib"] * 2**30:
-        found.append(f"{sized(counts.peak)} held; allowed: {floor['peak_gib']} GiB")
+        found.append(f"{counts.peak / 2**30:.2f} GiB held; allowed: {floor['peak_gib']} GiB")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,8 @@ from knapper.errors import UserError
 from knapper.settings import Settings
 from tests.engine.gate import checks
 from tests.engine.gate.conftest import expect_reference
-from tests.engine.gate.models import CONFIGS
-from tests.engine.gate.phases import Bench
+from tests.engine.gate.models import CONFIGS, REDUCED, write_model
+from tests.engine.gate.phases import Bench, bench
 from tests.engine.gpu import Driver, with_gpu
 
 pytestmark = pytest.mark.timeout(300)  # on a machine that does much else
@@ -20,9 +21,9 @@ _CARDS = [pytest.param(card, marks=[pytest.mark.long] if card == "A100 (40 GB)" 
 
 
 def test_every_model_and_phase_has_floors() -> None:
-    assert {model: set(phases) for model, phases in checks.FLOORS.items()} == {
-        model: set(checks.PHASES) for model in CONFIGS
-    }
+    floors = {model: set(phases) for model, phases in checks.FLOORS.items()}
+    assert {model: floors[model] for model in CONFIGS} == {model: set(checks.PHASES) for model in CONFIGS}
+    assert floors.keys() == CONFIGS.keys() | REDUCED.keys()
 
 
 @pytest.mark.parametrize("phase", list(checks.PHASES))
@@ -31,6 +32,13 @@ def test_a_phase_asks_no_more_of_a_gpu_than_its_floor(sized_model: tuple[str, Be
     expect_reference(bench)
     gc.collect()  # what earlier phases have not let go of
     assert checks.complaints(name, phase, checks.counted(bench, phase)) == []
+
+
+@pytest.mark.parametrize("name", list(REDUCED))
+def test_a_layer_asks_no_more_of_a_gpu_than_its_floor(tmp_path: Path, name: str) -> None:
+    with bench(write_model(tmp_path, name)) as one:
+        expect_reference(one)
+        assert [checks.complaints(name, phase, checks.counted(one, phase)) for phase in checks.FLOORS[name]] == [[]]
 
 
 @pytest.mark.parametrize("card", _CARDS)

@@ -1,15 +1,17 @@
 """Which linears an adapter touches, where its numbers lie, and that it begins the same wherever it begins."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from knapper import limits
-from knapper.engine.layers.lora import layout
+from knapper.engine.layers.lora import Layout, layout
 from knapper.engine.models.config import ModelConfig
 from knapper.errors import InvalidField
 from tests.engine.runs import spec
+from tests.engine.strange import strange_model
 from tests.engine.tiny import hidden, inner, layers, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -116,3 +118,17 @@ def test_a_spec_that_cannot_be_trained_is_refused(config: ModelConfig, changes: 
 def test_the_limits_themselves_are_allowed(config: ModelConfig, changes: dict[str, Any]) -> None:
     chosen = spec(train_attn=False, **changes)
     assert layout(config, chosen).initial(chosen.seed).isfinite().all()
+
+
+def test_what_is_rounded_for_products_leaves_out_experts_which_are_nearly_all(tmp_path: Path) -> None:
+    """They round their pairs layer by layer: a copy of all of them would be held for nothing."""
+    mixture = ModelConfig.read(strange_model(tmp_path, "qwen3_moe"))
+    whole = layout(mixture, spec(rank=4, train_unembed=True))
+    arena = torch.arange(whole.numel, dtype=torch.float32) / whole.numel
+    lora, rounded = whole.lora(arena, 2.0), whole.rounded(arena, 2.0, torch.bfloat16)
+    assert set(rounded.a) == {target.name for target in whole.lora_targets if target.experts is None} < set(lora.a)
+    for name in rounded.a:
+        assert torch.equal(rounded.a[name], lora.a[name].bfloat16())
+        assert torch.equal(rounded.b[name], lora.b[name].bfloat16())
+    experts = Layout(4, tuple(target for target in whole.lora_targets if target.experts is not None))
+    assert experts.rounded(torch.zeros(experts.numel), 1.0, torch.bfloat16).a == {}

@@ -1,0 +1,64 @@
+"""What training hands to vLLM where both are in one process, on one card: adapters, as soon as they are saved.
+
+A save is answered once its bundle is durable, here as anywhere. While the store takes it, its adapter goes to vLLM's
+memory file system as well. A sample names the bundle, whose index says which content is meant: so nothing is sampled
+that is not durable, and what is need not be read from the store again.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Final
+
+from knapper.engine.training.trainer import RunState
+from knapper.state.journal.machine import Files, Machine, Outcome
+from knapper.state.journal.records import Operation, Spec
+
+_FOR_SAMPLERS: Final = "save_weights_for_sampler"
+
+Taker = Callable[[Spec, Files], None]
+
+
+class Handover:
+    """From those that save to those that sample; without the latter nothing is handed over."""
+
+    def __init__(self) -> None:
+        self._takers: list[Taker] = []
+
+    def to(self, taker: Taker) -> None:
+        """`taker` is called for each adapter that is saved for a sampler from now on, on the event loop."""
+        self._takers.append(taker)
+
+    def saved(self, spec: Spec, files: Files) -> None:
+        for taker in self._takers:
+            taker(spec, files)
+
+
+@cache
+def handover() -> Handover:
+    """This process's."""
+    return Handover()
+
+
+class HandingMachine:
+    """knapper.state.journal.machine.Machine, whose saves for samplers are told to `saved` before they are stored."""
+
+    def __init__(self, machine: Machine[RunState], saved: Taker) -> None:
+        self._machine, self._saved = machine, saved
+
+    async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
+        return await self._machine.create(spec, source, with_optimizer)
+
+    async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
+        outcome = await self._machine.apply(state, operation, source)
+        if operation.kind == _FOR_SAMPLERS:
+            self._saved(state.spec, outcome.export)
+        return outcome
+
+    async def serialize(self, state: RunState) -> Files:
+        return await self._machine.serialize(state)
+
+    def serialized_bytes(self, state: RunState) -> int:
+        return self._machine.serialized_bytes(state)
+
+    async def restore(self, spec: Spec, files: Files) -> RunState:
+        return await self._machine.restore(spec, files)
