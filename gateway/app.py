@@ -34,6 +34,7 @@ from gateway.job_artifacts import ROUTES as ARTIFACT_ROUTES
 from gateway.job_uploads import ROUTES as UPLOAD_ROUTES
 from gateway.jobs import ROUTES as JOB_ROUTES
 from gateway.lifespan import Sources, open_services
+from gateway.openai.capture import CapturePaths
 from gateway.openai.routes import ROUTES as OPENAI_ROUTES
 from gateway.responses.routes import ROUTES as RESPONSES_ROUTES
 from gateway.rest.routes import ROUTES
@@ -112,7 +113,7 @@ def create_app(
 
     return Starlette(
         routes=_routes(),
-        middleware=[*origins.middleware(settings), Middleware(Doorkeeper)],
+        middleware=[Middleware(CapturePaths), *origins.middleware(settings), Middleware(Doorkeeper)],
         exception_handlers={
             KnapperError: errors.known_error,
             HTTPException: errors.http_error,

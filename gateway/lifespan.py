@@ -42,6 +42,7 @@ from knapper.settings import Settings
 from knapper.state import damage
 from knapper.state.api_keys import Keyring, Keys
 from knapper.state.audit import Audit
+from knapper.state.captures import Captures
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.daily_tokens import DailyTokens
 from knapper.state.gateways import Gateways
@@ -124,6 +125,7 @@ async def open_services(
             checkpoints=Checkpoints(store, clock),
             tenant_index=Register(store),
             signed_links=Links(store, clock, new_id),
+            captures=Captures(store, clock, new_id),
             audit=audit,
             collector=state.collector,
             train_client=clients.train,

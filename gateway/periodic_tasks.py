@@ -122,8 +122,10 @@ async def collect(gateway: Services) -> float | None:
 
 
 async def delete_stale_parts(gateway: Services) -> None:
-    """Delete parts of torn writes, of uploads that no job took in time, and what gateways that died left."""
+    """Delete parts of torn writes, of uploads that no job took in time, old episodes, and what dead gateways left."""
     await gateway.peers.remove_dead()
+    if count := await gateway.captures.expire():
+        log.info("captured episodes are deleted: they are too old", episodes=count)
     if count := await forget_torn_writes(gateway.store, gateway.clock()):
         log.info("parts of torn writes are deleted", objects=count)
     if gateway.job_services is not None and (

@@ -30,6 +30,7 @@ from knapper.jobs.revive import Seen
 from knapper.jobs.services import JobServices
 from knapper.state.api_keys import Keyring
 from knapper.state.audit import Audit
+from knapper.state.captures import Captures
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.gc.collector import Collector
 from knapper.state.journal.accept import Acceptor
@@ -71,6 +72,7 @@ class Services:
     checkpoints: Checkpoints
     tenant_index: Register
     signed_links: Links
+    captures: Captures
     audit: Audit
     collector: Collector
     train_client: TrainStepClient

@@ -111,6 +111,29 @@ class TinkerPath:
         return f"tinker://{self.run}/{self.kind}/{self.name}"
 
 
+@dataclass(frozen=True)
+class EpisodeName:
+    """[<group>/]<name>: an agent's session that is captured. `group`: empty for none."""
+
+    group: str
+    name: str
+
+    @staticmethod
+    def parse(value: str, field: str = "episode") -> "EpisodeName":
+        """Raises InvalidField."""
+        group, slash, name = value.rpartition("/")
+        for part in (group, name) if slash else (name,):
+            if len(part) > limits.name_chars_max or not _NAME.fullmatch(part):
+                allowed = (
+                    f"EPISODE or GROUP/EPISODE, each 1 to {limits.name_chars_max} letters, digits, '.', '_' or '-'"
+                )
+                raise InvalidField(field, value, f"{allowed}, the first a letter or digit")
+        return EpisodeName(group, name)
+
+    def __str__(self) -> str:
+        return f"{self.group}/{self.name}" if self.group else self.name
+
+
 def number(n: int) -> str:
     """A sequence number in object names: 20 digits, so that names sort like numbers."""
     if not 0 <= n < 10**20:

@@ -100,6 +100,15 @@ sample_results_s = 600.0  # and for this long
 adapters_cached_max = 32  # in vLLM's adapter directory, in use or not
 adapters_cached_bytes_max = 4 * 1024 * MIB  # of their files, which are in memory
 
+# ---- Captured episodes: agents' sessions, kept token for token.
+episodes_max = 10_000  # of one tenant
+episode_turns_max = 1000
+episode_bytes_max = 64 * MIB  # of its turns as they are kept
+episode_s = 30 * 24 * 3600.0  # after its first turn it is deleted
+turns_listed_max = 100  # in one answer
+turns_listed_bytes_max = 4 * MIB  # in one answer, as they are kept, unless one turn has more
+episode_score_max = 1e6  # and not below its negative
+
 # ---- Time: sessions, results, holders.
 poll_hold_s = 30.0  # retrieve_future; the SDK gives up at 45 s
 start_s_max = 600.0  # of a function on this machine: a large model may come from a slow disk

@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.openai import errors
+from gateway.openai.capture import Capture
 from gateway.openai.detokenizer import Detokenizer, ScoredToken, TextDelta
 from gateway.openai.models import SampledModel
 from gateway.openai.responses import ChoiceFormat, Json
@@ -70,7 +71,7 @@ async def _respond(request: Request, task: Generation) -> Response:
     if task.model.checkpoint is not None:
         await gateway.openai.note_reading(tenant, task.model.checkpoint)
     weights = await gateway.monitor.weights.of(task.model.adapter)
-    samples = PendingSamples(gateway, tenant, stream=bool(task.parameters.stream))
+    samples = PendingSamples(gateway, tenant, stream=bool(task.parameters.stream), capture=Capture.asked(request))
     await samples.submit(task.model, task.prompts, task.options)
     if not task.parameters.stream:
         try:

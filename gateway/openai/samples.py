@@ -10,6 +10,7 @@ from typing import Final
 
 from msgspec import UNSET
 
+from gateway.openai.capture import Capture, Drawing, UnkeptTurns
 from gateway.openai.models import SampledModel
 from gateway.sample_queue import QueuedSample
 from gateway.services import Services
@@ -51,10 +52,12 @@ Event = tuple[int, TokenEvent] | QueuedSample | KnapperError
 
 
 class PendingSamples:
-    """The samples of one request. `stream`: also their tokens, as they are drawn."""
+    """The samples of one request. `stream`: also their tokens, as they are drawn. `capture`: keeps them."""
 
-    def __init__(self, gateway: Services, tenant: Tenant, stream: bool) -> None:
+    def __init__(self, gateway: Services, tenant: Tenant, stream: bool, capture: Capture | None) -> None:
         self._gateway = gateway
+        self._capture = capture
+        self._unkept: UnkeptTurns | None = None
         self._tenant = tenant
         self._stream = stream
         self._entries: list[QueuedSample] = []
@@ -62,6 +65,8 @@ class PendingSamples:
 
     async def submit(self, model: SampledModel, prompts: list[list[int]], options: SampleOptions) -> None:
         """Queue a sample for each prompt. Raises TooMany when the queue is full, and what admission does."""
+        if self._capture is not None:
+            self._unkept = await self._capture.admit(Drawing(model, options.params, bool(options.grammar), prompts))
         url = self._gateway.sample_url or model.record.sample_url
         seed = options.params.seed
         try:
@@ -93,10 +98,13 @@ class PendingSamples:
             raise
 
     async def responses(self) -> list[bytes]:
-        """The encoded SampleResponse of each prompt, once all are done. Raises KnapperError."""
+        """The encoded SampleResponse of each prompt, once all are done, and kept if captured. Raises KnapperError."""
         for entry in self._entries:
             await entry.done.wait()
-        return [_response(entry) for entry in self._entries]
+        responses = [_response(entry) for entry in self._entries]
+        if self._unkept is not None:
+            await self._unkept.keep(responses, self.sampler)
+        return responses
 
     @property
     def sampler(self) -> str:
@@ -104,9 +112,12 @@ class PendingSamples:
         return next((entry.sampler for entry in self._entries if entry.sampler), "")
 
     async def tokens(self) -> AsyncIterator[tuple[int, TokenEvent] | KeepAlive]:
-        """(prompt number, token) as tokens are drawn, until all samples are done. Raises KnapperError."""
+        """(prompt number, token) as tokens are drawn, until all samples are done. Raises KnapperError.
+
+        The last token of each that is captured waits until it is kept: what is not, no client takes for whole.
+        """
         tasks = [asyncio.create_task(self._put_end(entry)) for entry in self._entries]
-        pending = len(tasks)
+        pending, last = len(tasks), list[tuple[int, TokenEvent]]()
         try:
             while pending:
                 try:
@@ -121,8 +132,14 @@ class PendingSamples:
                         pending -= 1
                     case KnapperError():
                         raise event
+                    case (_, TokenEvent(ending=ending)) if ending and self._unkept is not None:
+                        last.append(event)
                     case _:
                         yield event
+            if self._unkept is not None:
+                await self._unkept.keep([_response(entry) for entry in self._entries], self.sampler)
+            for event in last:
+                yield event
         finally:
             for task in tasks:
                 task.cancel()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from gateway.openai.capture import Capture
 from gateway.openai.chats import PreparedChat
 from gateway.openai.detokenizer import Detokenizer
 from gateway.openai.samples import KeepAlive, PendingSamples
@@ -62,7 +63,7 @@ async def submit(request: Request, ready: PreparedChat, *, stream: bool) -> Pend
     ContextLengthExceeded.check(len(ready.prompt), ready.options.params.max_tokens, ready.model.record.context)
     if ready.model.checkpoint is not None:
         await gateway.openai.note_reading(tenant, ready.model.checkpoint)
-    samples = PendingSamples(gateway, tenant, stream=stream)
+    samples = PendingSamples(gateway, tenant, stream=stream, capture=Capture.asked(request))
     await samples.submit(ready.model, [ready.prompt], ready.options)
     return samples
 

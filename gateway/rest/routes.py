@@ -1,6 +1,6 @@
 """The REST routes: handler and body limit of each."""
 
-from gateway.rest import admin, checkpoints, files, links, runs, sessions, weights
+from gateway.rest import admin, captures, checkpoints, files, links, runs, sessions, weights
 from gateway.routing import Door
 from knapper import limits
 
@@ -31,6 +31,10 @@ ROUTES = [
         ("GET", "sessions/{session_id}", sessions.get_session, _NONE),
         ("PUT", "sessions/{session_id}/project", sessions.assign_project, _SMALL),
         ("GET", "sessions/{session_id}/trace_export", sessions.trace_export, _NONE),
+        ("GET", "captures", captures.list_episodes, _NONE),
+        ("GET", "captures/{episode:path}", captures.get_turns, _NONE),
+        ("DELETE", "captures/{episode:path}", captures.delete, _NONE),
+        ("POST", "captures/{episode:path}/score", captures.score, _SMALL),
         ("GET", "audit", admin.audit, _NONE),
         ("GET", "quota", admin.quota, _NONE),
         ("GET", "billing/usage/events", admin.usage_events, _NONE),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import knapper
+from knapper.cli import captures, deploy, import_adapter, models, quota, runs
 from knapper.cli import chaos as chaos
 from knapper.cli import demo as demo
-from knapper.cli import deploy, import_adapter, models, quota, runs
 from knapper.cli import export as export
 from knapper.cli import jobs as jobs
 from knapper.cli.tables import Json, listing, utc
@@ -31,6 +31,7 @@ app = typer.Typer(
 key = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 app.add_typer(key, name="key")
 app.add_typer(runs.app, name="runs")
+app.add_typer(captures.app, name="capture")
 app.add_typer(quota.app, name="quota")
 app.add_typer(jobs.app, name="jobs")
 app.command()(jobs.submit)

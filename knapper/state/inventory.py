@@ -13,6 +13,7 @@ from knapper.errors import KnapperError, damaged
 from knapper.state import layout
 from knapper.state.api_keys import Key
 from knapper.state.audit import Entry
+from knapper.state.captures import CapturedTurn, EpisodeScore
 from knapper.state.checkpoints import Checkpoint
 from knapper.state.damage import ERRORS
 from knapper.state.dead_letters import DeadLetter
@@ -57,9 +58,9 @@ class SecretOrBare:
 Holds = type[Record] | Empty | BundlePart | NamedByHash | SecretOrBare
 
 _RECORDS: Final[tuple[type[Record], ...]] = (
-    Alarm, Assignment, Checkpoint, Commit, Control, DeadLetter, DrawnSamples, End, Entry, Evaluated, Finish, Index, Key,
-    Manifest, ModelRecord, Operation, ProbeResult, Quotas, Refusal, Rollouts, Sampler, SamplersInUse, Samplings, Scores,
-    Session, Started, Trained, Waiting,
+    Alarm, Assignment, CapturedTurn, Checkpoint, Commit, Control, DeadLetter, DrawnSamples, End, Entry,
+    EpisodeScore, Evaluated, Finish, Index, Key, Manifest, ModelRecord, Operation, ProbeResult, Quotas, Refusal,
+    Rollouts, Sampler, SamplersInUse, Samplings, Scores, Session, Started, Trained, Waiting,
 )  # fmt: skip
 _HELD: Final[dict[str, Holds]] = {
     layout.EMPTY: Empty(), layout.PART: BundlePart(), layout.NAMED_BY_HASH: NamedByHash(),

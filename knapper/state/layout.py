@@ -8,7 +8,7 @@ import re
 from enum import Enum
 from typing import Final
 
-from knapper.ids import RunId, SamplerId, SessionId, TinkerPath, number
+from knapper.ids import EpisodeName, RunId, SamplerId, SessionId, TinkerPath, number
 
 _FORMS: Final = {  # regular expressions of fields; any other field is a segment, or part of one
     **dict.fromkeys(("n", "seq", "epoch", "day", "hour", "us"), r"\d{20}"),  # us: microseconds since the epoch
@@ -65,6 +65,10 @@ class ObjectKind(Enum):
     GATEWAY = ("gateways/<gateway>/<us>-<address>", EMPTY, "state.gateways")
     # Which weights drew recent samples
     DRAWN = ("drawn/<tenant>/<us>-<id>", "DrawnSamples", "state.drawn_samples")
+    # Agents' sessions, captured: the tenant's list of episodes, the turns of each (<n>: the record's bytes), its scores
+    EPISODE = ("episodes/<tenant>/<us>/<group>/<episode>", EMPTY, "state.captures")
+    CAPTURED_TURN = ("captured/<tenant>/<group>/<episode>/turns/<us>-<id>-<n>", "CapturedTurn", "state.captures")
+    EPISODE_SCORE = ("captured/<tenant>/<group>/<episode>/scores/<n>", "EpisodeScore", "state.captures")
     # The collector's marks, and which samplers each gateway's clients use
     COLLECT_BEGUN = ("collect/begun", EMPTY, "state.gc.marks")
     COLLECT_NOW = ("collect/now/<session>/<what>", EMPTY, "state.gc.marks")
@@ -271,6 +275,22 @@ def session_of_mark(key: str) -> SessionId:
 
 def sampler_of(key: str) -> SamplerId:
     return SamplerId(*ObjectKind.SAMPLER.parse(key))
+
+
+# -- captured episodes -------------------------------------------------------------------------------------------------
+
+_NO_GROUP: Final = "-"  # no group has this name
+
+
+def episode(tenant: str, name: EpisodeName) -> tuple[str, str, str]:
+    """The first fields of all that is kept of the episode."""
+    return tenant, name.group or _NO_GROUP, name.name
+
+
+def parse_episode(key: str) -> tuple[str, int, EpisodeName]:
+    """(tenant, microseconds when it began, name) of an `EPISODE`."""
+    tenant, us, group, name = ObjectKind.EPISODE.parse(key)
+    return tenant, int(us), EpisodeName("" if group == _NO_GROUP else group, name)
 
 
 # -- the exchange, another bucket: users' input and output -------------------------------------------------------------

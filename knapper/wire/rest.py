@@ -43,6 +43,22 @@ class CheckpointsPage(RequestBody, frozen=True, kw_only=True):
     offset: Offset = 0
 
 
+class EpisodesPage(RequestBody, frozen=True, kw_only=True):
+    limit: PageSize = 100
+    offset: Offset = 0
+
+
+class TurnsQuery(RequestBody, frozen=True, kw_only=True):
+    """`after`: the id of a turn, for those that were kept later."""
+
+    limit: Annotated[int, Meta(ge=1, le=limits.turns_listed_max)] = 20
+    after: Annotated[str, Meta(max_length=limits.id_chars_max)] = ""
+
+
+class ScoreChange(RequestBody, frozen=True, kw_only=True):
+    score: Annotated[float, Meta(ge=-limits.episode_score_max, le=limits.episode_score_max)]
+
+
 class TtlChange(RequestBody, frozen=True, kw_only=True):
     """null removes it. The field is required, so that a misspelt one cannot remove it."""
 

@@ -33,7 +33,7 @@ class Objects:
             "session_id": self.session, "run_id": self.run, "sampler_id": self.sampler, "kind": "weights",
             "name": "worst", "job": "worst", "token": "x", "path": "x", "file": "x",
             "sha256": "0" * 64, "size": str(limits.upload_part_bytes), "offset": "0",
-            "round": "steps", "n": "0", "part": "0", "sample": "0", "seq": "1", "datum": "0",
+            "round": "steps", "n": "0", "part": "0", "sample": "0", "seq": "1", "datum": "0", "episode": "worst",
         }  # fmt: skip
 
 
@@ -212,6 +212,7 @@ def legal(objects: Objects) -> dict[str, list[Worst]]:
         "/api/v1/uploads/{sha256}/{size}/{offset}": [Worst("zeros", bytes, "application/octet-stream")],
         "/events": [_of({}, "a", "[]")],
         "/events/dead": [_of({}, "a", "[]")],
+        "/api/v1/captures/{episode:path}/score": [_of({}, "score", "1")],
         "/api/v1/weights_info": [_text({}, "tinker_path", "x")],
         "/api/v1/copy_weights": [_text({"source_path": objects.checkpoint}, "destination_project_id", "x")],
         "/api/v1/checkpoints/search": [_of({}, "base_models", '"a"'), _of({}, "user_metadata", '"a": "b"', "{", "}")],

@@ -195,6 +195,10 @@ ASKS: dict[Way, Callable[[World, Random], Ask]] = {
     ("GET", "/api/v1/sessions/{session_id}"): query(access_scope="owned"),
     ("PUT", "/api/v1/sessions/{session_id}/project"): body(lambda *_: {"project_id": "p"}),
     ("GET", "/api/v1/sessions/{session_id}/trace_export"): nothing,
+    ("GET", "/api/v1/captures"): query(limit=5, offset=0),
+    ("GET", "/api/v1/captures/{episode:path}"): query(limit=5, after="0"),
+    ("DELETE", "/api/v1/captures/{episode:path}"): nothing,
+    ("POST", "/api/v1/captures/{episode:path}/score"): body(lambda *_: {"score": 0.5}),
     ("GET", "/api/v1/audit"): query(day="2026-01-01", event_type="checkpoints"),
     ("GET", "/api/v1/quota"): nothing,
     ("GET", "/api/v1/billing/usage/events"): query(

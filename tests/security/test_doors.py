@@ -28,12 +28,13 @@ from gateway.app import create_app
 from knapper import limits
 from knapper.events.cloudevents import Event
 from knapper.exchange.directory import DirectoryExchange
-from knapper.ids import Tenant
+from knapper.ids import EpisodeName, Tenant
 from knapper.jobs.notifications import Notifier
 from knapper.jobs.services import JobServices
 from knapper.state.api_keys import Keys
 from knapper.store.memory import MemoryStore
 from tests.gateway import saved
+from tests.gateway.captured import captured_turn
 from tests.gateway.running import MODEL, Running, create_model, fwdbwd, gateway, settings
 from tests.gateway.test_json_forward import asked as json_forward
 from tests.gateway.test_sampling import asample
@@ -50,7 +51,7 @@ class Objects:
     sampler: str
     sample: str  # the request id of a sample under way
     checkpoint: str  # the name of three checkpoints, one of each kind
-    job: str
+    job: str  # an episode has the same name
 
     def path(self, kind: str = "weights") -> str:
         return f"tinker://{self.run}/{kind}/{self.checkpoint}"
@@ -59,7 +60,7 @@ class Objects:
         """What a route's path parameters are filled with."""
         return {
             "session_id": self.session, "run_id": self.run, "sampler_id": self.sampler, "kind": "external_weights",
-            "name": self.checkpoint, "job": self.job, "file": "status.json",
+            "name": self.checkpoint, "job": self.job, "file": "status.json", "episode": self.job,
         }  # fmt: skip
 
     def ids(self) -> list[str]:
@@ -261,6 +262,10 @@ DOORS: dict[tuple[str, str], Open | Own | Named] = {
     ("GET", "/api/v1/sessions/{session_id}"): Named([nothing]),
     ("PUT", "/api/v1/sessions/{session_id}/project"): Named([body(lambda *_: {"project_id": "p"})]),
     ("GET", "/api/v1/sessions/{session_id}/trace_export"): Named([nothing]),
+    ("GET", "/api/v1/captures"): Own(shows=lambda owned: owned.job),
+    ("GET", "/api/v1/captures/{episode:path}"): Named([nothing]),
+    ("DELETE", "/api/v1/captures/{episode:path}"): Named([nothing]),
+    ("POST", "/api/v1/captures/{episode:path}/score"): Named([body(lambda *_: {"score": 1.0})]),
     ("GET", "/api/v1/audit"): Own(),
     ("GET", "/api/v1/quota"): Own(shows=lambda _: '"tokens_a_day"'),
     ("GET", "/api/v1/billing/usage/events"): Own({"params": _HOURS}),
@@ -383,6 +388,7 @@ class World:
         sampler = self.post(tenant, "create_sampling_session", body)["sampling_session_id"]
         sample = self.post(tenant, "asample", asample(sampler))["request_id"]
         job = self.post(tenant, "jobs", {"name": f"job-{next(self.counter):04d}", "files": JOB})["job"]
+        self.running.run(self.running.parts.captures.keep(Tenant(tenant), EpisodeName("", job), captured_turn()))
         return Objects(session, run, sampler, sample, name, job)
 
     def never(self) -> Objects:

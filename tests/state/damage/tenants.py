@@ -11,13 +11,14 @@ from starlette.testclient import TestClient
 from gateway.app import create_app
 from knapper.catalogue.served_models import Catalogue
 from knapper.exchange.directory import DirectoryExchange
-from knapper.ids import RunId, SamplerId, SessionId, Tenant, TinkerPath
+from knapper.ids import EpisodeName, RunId, SamplerId, SessionId, Tenant, TinkerPath
 from knapper.jobs.names import Start
 from knapper.jobs.notifications import Notifier
 from knapper.jobs.services import JobServices
 from knapper.state import dead_letters, layout, ledger_entries, probe_results, usage
 from knapper.state.alarms import Alarms
 from knapper.state.api_keys import Keys
+from knapper.state.captures import Captures
 from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.dead_letters import DeadLetter
 from knapper.state.drawn_samples import DrawnSamplesLog, DrawnTogether
@@ -31,6 +32,7 @@ from knapper.state.sessions import Sampler, Samplers
 from knapper.state.signed_links import Link, Links
 from knapper.state.usage import Sampled, Samplings
 from knapper.store import Store
+from tests.gateway.captured import captured_turn
 from tests.gateway.running import MODEL, create_model, fwdbwd, settings
 from tests.gateway.saved import FILES, spec
 
@@ -118,6 +120,10 @@ def _lived(server: Server, client: TestClient, tenant: Tenant) -> dict[str, Any]
     started = ask("POST", "jobs", json={"name": "second", "files": _JOB})
     refused = ask("POST", "jobs", json={"name": "wrong", "files": {**_JOB, "job.yaml": "kind: nonsense\n"}})
     ask("POST", "jobs/second/cancel")
+    captures = Captures(server.store, lambda: AT, lambda: "e" * 32)
+    for name in ("first", "second"):
+        asyncio.run(captures.keep(tenant, EpisodeName("group", name), captured_turn()))
+        ask("POST", f"captures/group/{name}/score", json={"score": 0.5})
     start = Start(tenant, "second", started["start"])
     asyncio.run(_worked(server.store, tenant, runs, SessionId(sessions[0]), start))
     for run in runs[:2]:
