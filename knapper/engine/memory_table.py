@@ -14,7 +14,7 @@ from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.families.gemma import BOTH_SIDES
 from knapper.engine.models.families.gpt_oss import CLAMPED, EXPERTS
 from knapper.engine.models.layer import Layer, ScoreRule, SelfAttention
-from knapper.engine.models.mlp import GatedMlp, Mixture, Routing
+from knapper.engine.models.mlp import FeedForward, Mixture, Routing
 from knapper.engine.models.rotary import Rope
 from knapper.errors import UserError
 
@@ -27,7 +27,7 @@ def _model(hidden: int, layers: int, heads: int, inner: int, *, tied: bool, fami
     mixer = SelfAttention(heads, 8, 128, ScoreRule(128**-0.5), Rope(1e6, 128), qk_norm="head" if qwen else None)
     return ModelConfig(
         model_type=family, vocab_size=151_936 if qwen else 128_256, hidden=hidden,
-        layers=layers * (Layer(mixer, GatedMlp(inner)),), rms_eps=1e-6, tied=tied,
+        layers=layers * (Layer(mixer, FeedForward(inner)),), rms_eps=1e-6, tied=tied,
         context=40_960 if qwen else 131_072, eos=(),
     )  # fmt: skip
 
@@ -36,7 +36,7 @@ def _gemma_3_12b() -> ModelConfig:
     mixer = SelfAttention(16, 8, 256, ScoreRule(256**-0.5), Rope(1e6, 256), qk_norm="head")
     return ModelConfig(
         model_type="gemma3_text", vocab_size=262_208, hidden=3840,
-        layers=48 * (Layer(mixer, GatedMlp(15_360), BOTH_SIDES),), rms_eps=1e-6, tied=True, context=131_072, eos=(),
+        layers=48 * (Layer(mixer, FeedForward(15_360), BOTH_SIDES),), rms_eps=1e-6, tied=True, context=131_072, eos=(),
     )  # fmt: skip
 
 

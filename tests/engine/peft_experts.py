@@ -28,7 +28,7 @@ def matrices(named: Mapping[str, Tensor], target: LoraTarget) -> tuple[Tensor, T
     down = expert in _DOWN
     a, b = (named[f"{prefix}.{'' if down else 'base_layer.'}lora_{side}.weight"] for side in "AB")
     a, b = a.view(target.experts, -1, target.inputs), b.view(len(b), -1, target.experts).permute(2, 0, 1)
-    if down:
+    if down or len(b) == target.outputs:  # or there is no gate beside it
         return a, b
     half = int(expert in _SECOND)
     rank, outputs = a.shape[1] // 2, target.outputs

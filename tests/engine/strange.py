@@ -38,11 +38,19 @@ _DELTA: Final = {
     **_HEADED, "head_dim": 32, "layer_types": ["full_attention", "linear_attention"], "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
 }  # fmt: skip
+_MAMBA: Final = {
+    **{name: value for name, value in _HEADED.items() if name != "num_hidden_layers"},
+    "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 80,
+    "routed_scaling_factor": 1.5,
+}  # fmt: skip
 _LATENT: Final = {
     **_SIZES, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 48, "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16, "v_head_dim": 12, "n_routed_experts": 8, "num_experts_per_tok": 3,
     "moe_intermediate_size": 48, "n_shared_experts": 1, "routed_scaling_factor": 1.5, "num_mtp_layers": 0,
 }  # fmt: skip
+_INDEX: Final = {"index_topk": 256, "index_head_dim": 32, "index_n_heads": 2}
+_SHARED_INDEX: Final = ["full", "shared"]
 _EXPERTS: Final = {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
 }  # fmt: skip
@@ -134,6 +142,22 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
             "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
         },
     ),
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        {
+            **_LATENT,
+            **_INDEX,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "mlp_layer_types": ["dense", "sparse"],
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+        },
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsaConfig",
+        {**_LATENT, **_INDEX, "v_head_dim": 40, "mlp_layer_types": ["dense", "sparse"], "indexer_types": _SHARED_INDEX},
+    ),
     "glm4_moe_lite": ("Glm4MoeLiteConfig", {**_LATENT, "q_lora_rank": None, "v_head_dim": 40}),
     "gpt_oss": (
         "GptOssConfig",
@@ -160,6 +184,30 @@ NATIVE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "Lfm2Config",
         {**_GROUPED, "full_attn_idxs": [0], "conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False},
     ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        {
+            **_GROUPED,
+            "layer_types": ["full_attention", "conv"],
+            "num_dense_layers": 1,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "nemotron_h": ("NemotronHConfig", {**_MAMBA, "layers_block_type": ["linear_attention", "moe", "full_attention"]}),
+    "nemotron_h_latent": (
+        "NemotronHConfig",
+        {
+            **_MAMBA,
+            "layers_block_type": ["moe", "linear_attention", "mlp", "full_attention"],
+            "moe_latent_size": 32,
+            "use_conv_bias": False,
+            "n_group": 4,
+            "topk_group": 2,
+        },
+    ),
     "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_DELTA, **_EXPERTS}),
     "qwen3_next": (
@@ -176,13 +224,18 @@ MIXTURES: Final = (
     "mixtral",
     "glm4_moe",
     "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
     "glm4_moe_lite",
     "gpt_oss",
+    "lfm2_moe",
+    "nemotron_h",
+    "nemotron_h_latent",
     "qwen3_5_moe",
     "qwen3_next",
     "qwen3_next_moe",
 )
-HYBRIDS: Final = tuple(kind for kind in NATIVE if kind.startswith(("lfm2", "qwen3_5", "qwen3_next")))
+HYBRIDS: Final = tuple(kind for kind in NATIVE if kind.startswith(("lfm2", "nemotron", "qwen3_5", "qwen3_next")))
 # Left to transformers. Among them: fused query, key and value; biases everywhere, on the head too; layers in parallel;
 # scaled heads; caps on attention and logits with windows; LayerNorms; options that the native code lacks.
 FOREIGN: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -261,7 +314,7 @@ def strange_model(directory: Path, kind: str, *, seed: int = 0, **changes: Any) 
             elif kind in NATIVE:  # a norm's, around its neutral value
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
+            if name.endswith(("correction_bias", "expert_bias")):
                 torch.nn.init.normal_(buffer, std=0.1)
     model.save_pretrained(directory)
     return directory

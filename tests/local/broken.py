@@ -124,7 +124,7 @@ BROKEN: Final[Mapping[str, tuple[Change, str]]] = {
         "it is an encoder-decoder",
     ),
     "a model of images": (config(model_type="lfm2_vl", vision_config={}), "it takes more than text"),
-    "a hybrid with experts": (config(model_type="lfm2_moe"), "it needs experts in place of MLPs"),
+    "a model that nobody computes": (config(model_type="deepseek_v4"), "it needs attention over compressed keys"),
     "quantized weights": (config(quantization_config={"quant_method": "gptq"}), "it has quantized weights"),
 }  # fmt: skip
 

@@ -56,8 +56,7 @@ def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:
 
 
 def _numbers_of_row(layer: Layer, hidden: int) -> int:
-    mixer, mlp = layer.mixer.numbers_of_row(hidden), layer.mlp.numbers_of_row(hidden)
-    return (2 + len(list(layer.norms))) * hidden + mixer + mlp
+    return (len(layer.parts) + len(list(layer.norms))) * hidden + layer.numbers_of_row(hidden)
 
 
 def pass_bytes_of_row(config: ModelConfig, size: int) -> int:

@@ -1,10 +1,11 @@
-"""The gated delta rule in chunks: a memory from keys to values that decays and is corrected row by row.
+"""A memory from keys to values in chunks: it decays, and is corrected row by row, by the gated delta rule.
 
     S_t = exp(g_t) S_{t-1} + k_t beta_t (v_t - exp(g_t) k_t S_{t-1})^T,   o_t = q_t S_t
 
 Source: Gated Delta Networks, arXiv 2412.06464, equations 10 and (in chunks) section 3.3. Within a chunk, with G the sum
 of g up to a row, the corrections u of its rows follow from S at its start: (I + A) u = beta (v - exp(G) k S), with
-A_tj = beta_t exp(G_t - G_j) k_t k_j for j < t.
+A_tj = beta_t exp(G_t - G_j) k_t k_j for j < t. Without corrections u is beta v: what rows add to the memory, as in
+state space duality, arXiv 2405.21060, section 6.
 
 A row has the same bits in a whole chunk and alone, after the rows before it. So every product has the shape that it has
 in a chunk, or 8 rows of it: below that libraries take other kernels. Rows of the triangular system are solved in blocks
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.models.layer import CHUNK_ROWS as ROWS
+from knapper.engine.models.recurrent import CHUNK_ROWS as ROWS
 
 _BLOCK: Final = 8
 
@@ -48,15 +49,16 @@ class ChunkState(NamedTuple):
 
 
 def outputs(
-    rows: Rows, sizes: Sequence[int], before: ChunkState | None, solve: Solve
+    rows: Rows, sizes: Sequence[int], before: ChunkState | None, solve: Solve | None
 ) -> tuple[Tensor, list[ChunkState]]:
     """o (B, C, H, E), and by number the state before the chunks with all their rows in it.
 
     Chunks come in the order of their numbers, `sizes` of each, and in each the sequences in one order, the longest
-    first. `before`: of a single sequence whose first rows are in its state; here their beta is zero.
+    first. `before`: of a single sequence whose first rows are in its state; here their beta is zero. `solve`: None:
+    rows add to the memory, and correct nothing.
     """
     rows = _heads_first(rows)
-    chunk = _Chunk.of(rows)
+    chunk = _Chunk.of(rows, corrects=solve is not None)
     start, made, states = 0, [], []
     s = rows.v.new_zeros(sizes[0], *rows.v.shape[1:2], rows.k.shape[3], rows.v.shape[3])
     s = s if before is None else before.s
@@ -76,7 +78,7 @@ def outputs(
 @dataclass(frozen=True)
 class _Chunk:
     """What of chunks does not depend on S: q and k (B, H, C, D), v (B, H, C, E), beta and exp(G) (B, H, C, 1), the
-    system A and the weights of the outputs (B, H, C, C).
+    system A, if rows correct the memory, and the weights of the outputs (B, H, C, C).
     """
 
     q: Tensor
@@ -84,29 +86,35 @@ class _Chunk:
     v: Tensor
     beta: Tensor
     decay: Tensor
-    system: Tensor
+    system: Tensor | None
     weights: Tensor
 
     @classmethod
-    def of(cls, rows: Rows) -> "_Chunk":
+    def of(cls, rows: Rows, *, corrects: bool) -> "_Chunk":
         heads = rows.v.shape[1]
         sums = rows.g.cumsum(-1)
         later = torch.ones(ROWS, ROWS, dtype=torch.bool, device=sums.device).triu(1)
         between = (sums[..., :, None] - sums[..., None, :]).masked_fill(later, -torch.inf).exp()
         keys = rows.k.transpose(-1, -2)
-        kk, qk = (_per_head(_matmul(x, keys), heads) for x in (rows.k, rows.q))
-        beta = rows.beta[..., None]
-        system = (beta * between * kk).tril(-1)
+        beta, system = rows.beta[..., None], None
+        if corrects:
+            system = (beta * between * _per_head(_matmul(rows.k, keys), heads)).tril(-1)
+        qk = _per_head(_matmul(rows.q, keys), heads)
         q, k = (_per_head(x, heads) for x in (rows.q, rows.k))
         return cls(q, k, rows.v, beta, sums.exp()[..., None], system, between * qk)
 
     def at(self, here: slice) -> "_Chunk":
-        return _Chunk(*(x[here] for x in (self.q, self.k, self.v, self.beta, self.decay, self.system, self.weights)))
+        q, k, v, beta, decay = (x[here] for x in (self.q, self.k, self.v, self.beta, self.decay))
+        return _Chunk(q, k, v, beta, decay, None if self.system is None else self.system[here], self.weights[here])
 
-    def through(self, s: Tensor, solve: Solve, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def through(self, s: Tensor, solve: Solve | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs and corrections of the chunks' rows. `known`: corrections of rows whose beta is zero here."""
-        right = self.beta * (self.v - self.decay * _matmul(self.k, s))
-        u = solve(self.system, right if known is None else right + known)
+        if solve is None or self.system is None:
+            u = self.beta * self.v
+            u = u if known is None else u + known
+        else:
+            right = self.beta * (self.v - self.decay * _matmul(self.k, s))
+            u = solve(self.system, right if known is None else right + known)
         return self.decay * _matmul(self.q, s) + _matmul(self.weights, u), u
 
 
@@ -118,12 +126,13 @@ def folded(state: ChunkState) -> Tensor:
     return sums.exp()[..., -1:, None] * state.s + _matmul(keys, weights * state.u)
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: ChunkState, at_B: Tensor) -> Tensor:
+def step(rows: Rows, state: ChunkState, at_B: Tensor, *, corrects: bool) -> Tensor:
     """A row for each of B sequences, at place `at_B` of its text: o (B, H, E). The state becomes that with the row.
 
-    q and k (B, G, D), v (B, H, E), g and beta (B, H). The same step again, after a failure, gives the same. Before the
-    first row of a chunk the one before must be folded.
+    q and k (B, G, D), v (B, H, E), g and beta (B, H). `corrects`: as `solve` of `outputs`. The same step
+    again, after a failure, gives the same. Before the first row of a chunk the one before must be folded.
     """
+    q, k, v, g, beta = rows
     of_B, place_B = torch.arange(len(at_B), device=at_B.device), at_B % ROWS
     heads = v.shape[1]
     state.k[of_B, :, place_B] = k
@@ -133,12 +142,15 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: ChunkS
     later = row_C > place_B[:, None]
     between = (sums[of_B, :, place_B][..., None] - sums).masked_fill(later[:, None], -torch.inf).exp()
     decay = sums.exp()[of_B, :, place_B][..., None]
-    rows = _few(torch.stack([k, q], dim=2))  # (B, G, 8, D)
-    kk, qk = _per_head(_matmul(rows, state.k.transpose(-1, -2))[:, :, :2], heads).unbind(2)
-    ks, qs = _matmul(_per_head(rows, heads), state.s)[:, :, :2].unbind(2)
+    few = _few(torch.stack([k, q], dim=2))  # (B, G, 8, D)
+    kk, qk = _per_head(_matmul(few, state.k.transpose(-1, -2))[:, :, :2], heads).unbind(2)
+    ks, qs = _matmul(_per_head(few, heads), state.s)[:, :, :2].unbind(2)
     beta = beta[..., None]
-    system = (beta * between * kk).masked_fill((later | (row_C == place_B[:, None]))[:, None], 0.0)
-    u = _solved_row(system, beta * (v - decay * ks), state.u, place_B)
+    if corrects:
+        system = (beta * between * kk).masked_fill((later | (row_C == place_B[:, None]))[:, None], 0.0)
+        u = _solved_row(system, beta * (v - decay * ks), state.u, place_B)
+    else:
+        u = beta * v
     state.u[of_B, :, place_B] = u
     # Rows of the chunk before may still be there; their weight is zero.
     return decay * qs + _matmul(_few((between * qk)[:, :, None]), state.u)[:, :, 0]

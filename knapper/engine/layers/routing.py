@@ -52,7 +52,7 @@ def _by_groups(scores_NE: Tensor, correction_E: Tensor, routing: Routing, groups
     if not routing.renormalised:
         return weights_NK, experts_NK
     columns = weights_NK.unbind(1)
-    total = _sum(columns) + 1e-20
+    total = _sum(columns) + routing.floor
     return torch.stack([column / total for column in columns], dim=1), experts_NK
 
 

@@ -6,9 +6,9 @@ turns it on.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from knapper.engine.models import packed
 from knapper.engine.models.fields import Raw, UnsupportedModel, number, optional, size
@@ -20,14 +20,15 @@ from knapper.engine.models.layer import (
     Mixer,
     Norms,
     QkNorm,
-    Recurrent,
     ScoreRule,
     SelfAttention,
 )
-from knapper.engine.models.mixture_rule import Bias, Layers, MixtureRule, always, never, no_layer
-from knapper.engine.models.mlp import PLAIN_MLP, Activation, GatedMlp, Mixture, Routing
+from knapper.engine.models.mixture_rule import Bias, Layers, MixtureRule, always, every_layer, never, no_layer
+from knapper.engine.models.mlp import PLAIN_MLP, Activation, FeedForward, Mixture, MlpNames, Routing
+from knapper.engine.models.recurrent import Recurrent
 from knapper.engine.models.rotary import FULL, SLIDING, LayerType, Rope, RopeRule, served_context
 
+Part = Literal["mixer", "mlp"]
 Option = Callable[[Raw], str]  # the part that the decoder does not compute, for the error message; empty if none
 ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -129,11 +130,16 @@ def tie_word_embeddings(raw: Raw, default: bool) -> bool:
 class Names:
     """Modules that an architecture names in its own way, and the field of config.json for the norms' epsilon."""
 
+    attention: str = "self_attn"
     output: str = "o_proj"
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
-    mlp: tuple[str, str, str] = PLAIN_MLP
+    mlp: MlpNames = PLAIN_MLP
     final_norm: str = "model.norm"
     eps_field: str = "rms_norm_eps"
+
+
+def by_num_hidden_layers(raw: Raw, path: Path) -> int:
+    return size(raw, "num_hidden_layers", path)
 
 
 @dataclass(frozen=True)
@@ -160,10 +166,12 @@ class Architecture:
     where config.json names the MLP's; `gelu`: which it means by "gelu". `attention_scale`: of q k; None: the root of a
     head's width, inverted. `caps`: config.json may cap scores and logits, where it is silent at `attention_cap` and
     `logits_cap`. `residual`, `embedding`, `logits`: what multiplies a layer's outputs and embeddings, and divides
-    logits. `recurrent`: layers without attention. `mixture`: experts in place of MLPs; None: a dense model.
-    `mlp_width`: of the MLP, `ties_by`: whether the head is the embedding, where config.json says it in another way.
-    `refused`: options to check. `activation`, `head_dim`, `rms_eps`, `tied`: what a config.json that is silent about
-    them means.
+    logits. `recurrent`: layers without attention. `count`: of layers. `lone`: whether a layer is a mixer or an MLP
+    alone, and which; None: each has both. `mixture`: experts in place of MLPs; None: a dense model. `mlp_width`: of the
+    MLP, `ties_by`: whether the head is the embedding, where config.json says it in another way. `indexed`: where it
+    says how many keys an index chooses for a row; up to so many tokens that is all of them, and only these are served.
+    `unread`: tensors of a layer that no such text needs. `refused`: options to check. `activation`, `head_dim`,
+    `rms_eps`, `tied`: what a config.json that is silent about them means.
     """
 
     model_type: str
@@ -185,6 +193,7 @@ class Architecture:
     without_positions: Layers = no_layer
     activation: str = "silu"
     activation_field: str = "hidden_act"
+    activations: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATIONS)
     gelu: str = "gelu"
     attention_scale: Factor | None = None
     caps: bool = False
@@ -194,7 +203,11 @@ class Architecture:
     embedding: Factor = one
     logits: Factor = one
     recurrent: RecurrentLayers | None = None
+    count: Callable[[Raw, Path], int] = by_num_hidden_layers
+    lone: Callable[[Raw, Path, int], Part] | None = None
     mlp_width: Callable[[Raw, Path], int] = plain_width
+    indexed: str | None = None
+    unread: tuple[str, ...] = ()
     names: Names = PLAIN_NAMES
     ties_by: Callable[[Raw, bool], bool] = tie_word_embeddings
     refused: tuple[Option, ...] = OPTIONS
@@ -209,13 +222,14 @@ class Architecture:
 
     def layers(self, raw: Raw, path: Path) -> tuple[Layer, ...]:
         """From the first to the last. Raises UnsupportedModel for what is not computed."""
-        return tuple(self._layer(raw, path, index) for index in range(size(raw, "num_hidden_layers", path)))
+        return tuple(self._layer(raw, path, index) for index in range(self.count(raw, path)))
 
     def context(self, raw: Raw, path: Path) -> int:
         """Tokens of the longest text."""
         width = self._head_dim(raw, path) if self.latent is None else self.latent(raw, path).rope_dim
         ropes = self.rope.read(raw, path, width)
-        return served_context(size(raw, "max_position_embeddings", path), raw, ropes, path)
+        whole = served_context(size(raw, "max_position_embeddings", path), raw, ropes, path)
+        return whole if self.indexed is None else min(whole, size(raw, self.indexed, path))
 
     def extra_layers(self, raw: Raw, path: Path) -> int:
         """Behind the layers in the file, for predicting several tokens."""
@@ -231,15 +245,22 @@ class Architecture:
         return self.ties_by(raw, self.tied)
 
     def _layer(self, raw: Raw, path: Path, index: int) -> Layer:
+        lone, norms = None if self.lone is None else self.lone(raw, path, index), self.norms
+        residual = self.residual(raw, path)
+        if lone == "mlp":
+            norms = Norms(None, None, norms.mlp_input, norms.mlp_output)
+            return Layer(None, self._mlp(raw, path, index), norms, residual)
         recurrent = None if self.recurrent is None else self.recurrent.read(raw, path, index)
         mixer: Mixer = recurrent or self._attention(raw, path, index)
-        return Layer(mixer, self._mlp(raw, path, index), self.norms, self.residual(raw, path))
+        if lone == "mixer":
+            return Layer(mixer, None, Norms(norms.mixer_input, norms.mixer_output, None, None), residual)
+        return Layer(mixer, self._mlp(raw, path, index), norms, residual)
 
-    def _mlp(self, raw: Raw, path: Path, index: int) -> GatedMlp | Mixture:
+    def _mlp(self, raw: Raw, path: Path, index: int) -> FeedForward | Mixture:
         activation = self._activation(raw, path)
         if self.mixture is not None and not self.mixture.dense(raw, index):
             return self.mixture.read(raw, path, activation)
-        return GatedMlp(self.mlp_width(raw, path), activation, self.fused_gate_up, self.names.mlp)
+        return FeedForward(self.mlp_width(raw, path), activation, self.fused_gate_up, self.names.mlp)
 
     def _attention(self, raw: Raw, path: Path, index: int) -> Attention:
         if self.latent is not None:
@@ -265,6 +286,7 @@ class Architecture:
             fused=self.fused_qkv,
             gated=self.gated_attention,
             sinks=self.sinks,
+            block=self.names.attention,
             output_name=self.names.output,
             norm_names=self.names.qk_norms,
         )
@@ -276,10 +298,10 @@ class Architecture:
     def _activation(self, raw: Raw, path: Path) -> Activation:
         name = raw.get(self.activation_field) or self.activation
         name = self.gelu if name == "gelu" else name
-        if name not in ACTIVATIONS:
-            allowed = ", ".join(ACTIVATIONS)
+        if name not in self.activations:
+            allowed = ", ".join(self.activations)
             raise UnsupportedModel(f"{path}: {self.activation_field} {name!r} is not supported; supported: {allowed}")
-        return ACTIVATIONS[name]
+        return self.activations[name]
 
     @property
     def described(self) -> str:
@@ -289,22 +311,23 @@ class Architecture:
             "gated attention": self.gated_attention,
             "attention with sinks": self.sinks,
             "latent attention": self.latent is not None,
+            "texts up to the keys that an index chooses": self.indexed is not None,
             f"norms of q and k by {self.qk_norm}": self.qk_norm is not None,
             "norms after attention and MLP": self.norms.mixer_output is not None and self.norms.mixer_input is None,
             "norms before and after attention and MLP": self.norms.mixer_output is not None
             and self.norms.mixer_input is not None,
-            "experts": self.mixture is not None and not self.mixture.has_shared and not self.mixture.biased,
-            "experts with biases and clamped activations": self.mixture is not None and self.mixture.biased,
-            "experts, beside a shared one": self.mixture is not None and self.mixture.shared_width is not None,
-            "experts, chosen by groups, beside a shared one": self.mixture is not None and self.mixture.grouped,
+            "" if self.mixture is None else self.mixture.described: self.mixture is not None,
+            "layers of a mixer or an MLP alone": self.lone is not None,
             "windows": self.windows != NO_WINDOWS,
-            "layers without positions": self.without_positions is not no_layer,
+            "layers without positions": self.without_positions not in (no_layer, every_layer),
+            "no positions": self.without_positions is every_layer,
             "rotary positions of their own in layers with a window": self.rope.local_theta is not None,
             "part of a head rotated": self.rope.partial is not None,
             "neighbouring elements as pairs": self.rope.interleaved,
             "LongRoPE, up to the context before stretching": "longrope" in self.rope.scalings,
             "caps of scores and logits": self.caps,
-            "GELU": self.activation != "silu",
+            "GELU": self.activation.startswith("gelu"),
+            "squared ReLU, without gates": self.activation == "relu2",
             "scaled embeddings": self.embedding is not one,
             "scaled scores": self.attention_scale is not None,
             "scaled layers and logits": self.residual is not one,
@@ -321,10 +344,11 @@ class Architecture:
         latent_one = LatentAttention(1, 1, 1, 1, 2, 1, ScoreRule(1.0), Rope(1.0, 2))
         attention = plain_one if self.latent is None else latent_one
         recurrent = () if self.recurrent is None else self.recurrent.like.linears(1)
-        plain = GatedMlp(1, fused=self.fused_gate_up, names=self.names.mlp)
-        mlp: GatedMlp | Mixture = plain
+        plain = FeedForward(1, fused=self.fused_gate_up, names=self.names.mlp)
+        mlp: FeedForward | Mixture = plain
         if self.mixture is not None:
-            shared = plain if self.mixture.has_shared else None
-            mlp = Mixture(1, Routing(1, 1, renormalised=False), names=self.mixture.names, shared=shared)
+            shared = None if self.mixture.shared is None else plain
+            latent = None if self.mixture.latent is None else 1
+            mlp = Mixture(1, Routing(1, 1, renormalised=False), "silu", self.mixture.names, shared, latent)
         linears = (*attention.linears(1), *recurrent, *mlp.linears(1))
         return tuple(dict.fromkeys(linear.name for linear in linears))

@@ -5,7 +5,7 @@ Sources: the block of Llama, arXiv 2302.13971 (pre-norm, RMS norm, SwiGLU of arX
 grouped queries of arXiv 2305.13245 and the q/k norm of Qwen3, arXiv 2505.09388.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,10 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.recurrence import Convolution
 from knapper.engine.layers.rope import CosSin
 from knapper.engine.layers.routing import Dispatch, combined, routed, spread
-from knapper.engine.models.layer import GatedDelta, LatentAttention, SelfAttention
-from knapper.engine.models.mlp import Activation, ClampedSwish, GatedMlp, Mixture
+from knapper.engine.layers.state_space import StateSpaceRecurrence
+from knapper.engine.models.layer import LatentAttention, SelfAttention
+from knapper.engine.models.mlp import Activation, ClampedSwish, FeedForward, Mixture
+from knapper.engine.models.recurrent import GatedDelta, Mamba2
 from knapper.engine.models.rotary import Rope
 
 
@@ -180,19 +182,19 @@ class ConvolutionBlock:
 
 
 @dataclass(frozen=True)
-class GatedMlpBlock:
-    facts: GatedMlp
-    gate_up: Sites
+class FeedForwardBlock:
+    facts: FeedForward
+    inputs: Sites
     down: Sites
 
     def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
-        parts = self.gate_up(x_NH, rows.adapt)
-        gate, up = parts[0].chunk(2, dim=1) if self.facts.fused else parts
-        return self.down(_gated(gate, up, self.facts.activation), rows.adapt)[0]
+        parts = self.inputs(x_NH, rows.adapt)
+        parts = parts[0].chunk(2, dim=1) if self.facts.fused else parts
+        return self.down(_activated(parts, self.facts.activation), rows.adapt)[0]
 
     @property
     def linears(self) -> tuple[FrozenLinear, ...]:
-        return self.gate_up.linear, self.down.linear
+        return self.inputs.linear, self.down.linear
 
 
 @dataclass(frozen=True)
@@ -200,15 +202,16 @@ class MixtureBlock:
     """Each row goes through its experts; what they give is added, weighted by the router.
 
     `router`: with the linear of the shared one's weight, if it has one. `correction_E`: where there are groups; their
-    router computes in float32.
+    router computes in float32. `latents`: before and behind the experts, where they compute in fewer numbers.
     """
 
     facts: Mixture
     router: Sites
     correction_E: Tensor | None
-    gate_up: ExpertSites
+    latents: tuple[Sites, ...]
+    inputs: ExpertSites
     down: ExpertSites
-    shared: GatedMlpBlock | None
+    shared: FeedForwardBlock | None
 
     def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
         adapt, routing = rows.adapt, self.facts.routing
@@ -216,10 +219,13 @@ class MixtureBlock:
         weights_NK, experts_NK = routed(logits_NE, routing, self.correction_E)
         numbers_N = adapt.numbers(len(x_NH), x_NH.device)
         dispatch = Dispatch.of(experts_NK, routing.experts, numbers_N, len(adapt.loras))
-        parts = self.gate_up(spread(x_NH, dispatch), dispatch, adapt)
-        gate, up = (parts[0][:, ::2], parts[0][:, 1::2]) if self.facts.names.whole else parts
-        (y_SH,) = self.down(_gated(gate, up, self.facts.activation), dispatch, adapt)
+        taken_NH = self.latents[0](x_NH, adapt)[0] if self.latents else x_NH
+        parts = self.inputs(spread(taken_NH, dispatch), dispatch, adapt)
+        parts = (parts[0][:, ::2], parts[0][:, 1::2]) if self.facts.names.whole else parts
+        (y_SH,) = self.down(_activated(parts, self.facts.activation), dispatch, adapt)
         y_NH = combined(y_SH, weights_NK, dispatch)
+        if self.latents:
+            (y_NH,) = self.latents[1](y_NH, adapt)
         if self.shared is None:
             return y_NH
         shared_NH = self.shared(x_NH, rows)
@@ -228,10 +234,15 @@ class MixtureBlock:
     @property
     def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:
         shared = () if self.shared is None else self.shared.linears
-        return self.router.linear, self.gate_up.linears, self.down.linears, *shared
+        latents = tuple(sites.linear for sites in self.latents)
+        return (self.router.linear, *latents, self.inputs.linears, self.down.linears, *shared)
 
 
-def _gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def _activated(parts: Sequence[Tensor], activation: Activation) -> Tensor:
+    """Of gate and up, or of up alone. Source of the squared ReLU: arXiv 2109.08668, section 4.1."""
+    if activation == "relu2":
+        return torch.relu(parts[0]).square()
+    gate, up = parts
     if isinstance(activation, ClampedSwish):
         gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
         return (up + 1) * (gate * elementwise.sigmoid(gate * activation.alpha))
@@ -273,17 +284,43 @@ class DeltaBlock:
         return self.inputs.linear, self.output.linear
 
 
+@dataclass(frozen=True)
+class StateSpaceBlock:
+    """`index`: the layer's number among those with a state. `norm_X`: of the norm by group, float32, and its `eps`."""
+
+    facts: Mamba2
+    index: int
+    inputs: Sites
+    output: Sites
+    recurrence: StateSpaceRecurrence
+    norm_X: Tensor
+    eps: float
+
+    def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
+        (mixed,) = self.inputs(x_NH, rows.adapt)
+        gate, taken = mixed.split((self.facts.value_width, self.facts.conv_width + self.facts.heads), dim=1)
+        y_NX, _ = rows.attend.recur(self.index, self.recurrence, taken.float())
+        y_NX = y_NX * elementwise.silu(gate.float())
+        y_NGX = y_NX.unflatten(1, (self.facts.groups, -1))
+        y_NGX = y_NGX * torch.rsqrt(y_NGX.square().mean(-1, keepdim=True) + self.eps)
+        return self.output((y_NGX.flatten(1) * self.norm_X).to(x_NH.dtype), rows.adapt)[0]
+
+    @property
+    def linears(self) -> tuple[FrozenLinear, ...]:
+        return self.inputs.linear, self.output.linear
+
+
 # The kinds that a layer may have: another is a type of these unions.
-Mixer = AttentionBlock | LatentBlock | ConvolutionBlock | DeltaBlock
-Mlp = GatedMlpBlock | MixtureBlock
+Mixer = AttentionBlock | LatentBlock | ConvolutionBlock | DeltaBlock | StateSpaceBlock
+Mlp = FeedForwardBlock | MixtureBlock
 
 
 @dataclass(frozen=True)
 class LayerBlock:
-    """x + r mixer(x), then x + r mlp(x), between the norms that there are."""
+    """x + r mixer(x), then x + r mlp(x), or the one of them that there is, between the norms that there are."""
 
-    mixer: Mixer
-    mlp: Mlp
+    mixer: Mixer | None
+    mlp: Mlp | None
     mixer_input: RmsNorm | None
     mixer_output: RmsNorm | None
     mlp_input: RmsNorm | None
@@ -291,8 +328,11 @@ class LayerBlock:
     residual_scale: float
 
     def __call__(self, x_NH: Tensor, rows: PassRows) -> Tensor:
-        x_NH = self._added(x_NH, self.mixer(_normed(x_NH, self.mixer_input), rows), self.mixer_output)
-        return self._added(x_NH, self.mlp(_normed(x_NH, self.mlp_input), rows), self.mlp_output)
+        if self.mixer is not None:
+            x_NH = self._added(x_NH, self.mixer(_normed(x_NH, self.mixer_input), rows), self.mixer_output)
+        if self.mlp is not None:
+            x_NH = self._added(x_NH, self.mlp(_normed(x_NH, self.mlp_input), rows), self.mlp_output)
+        return x_NH
 
     def _added(self, x_NH: Tensor, y_NH: Tensor, norm: RmsNorm | None) -> Tensor:
         y_NH = _normed(y_NH, norm)
@@ -300,7 +340,7 @@ class LayerBlock:
 
     @property
     def linears(self) -> tuple[FrozenLinear | ExpertLinears, ...]:
-        return (*self.mixer.linears, *self.mlp.linears)
+        return tuple(linear for part in (self.mixer, self.mlp) if part is not None for linear in part.linears)
 
 
 def _normed(x_NH: Tensor, norm: RmsNorm | None) -> Tensor:

@@ -15,6 +15,12 @@ BODY: Final = "model.language_model"  # the decoder's place in transformers' mod
 
 # How files name the decoder's tensors: in transformers' present order, and in the older one that most have.
 _PREFIXES: Final = {f"{BODY}.": "model.", "language_model.model.": "model.", "language_model.lm_head.": "lm_head."}
+# And how Nemotron's do.
+_USUAL: Final = {
+    "backbone.embeddings.": "model.embed_tokens.",
+    "model.embeddings.": "model.embed_tokens.",
+    "backbone.": "model.",
+}
 _OTHER_PARTS: Final = tuple(
     f"{prefix}{part}."
     for prefix in ("", "model.")
@@ -72,7 +78,16 @@ def text_name(stored: str) -> str | None:
     """The name that a tensor has in a model of text alone; None for one of another part."""
     if stored.startswith(_OTHER_PARTS):
         return None
-    for prefix, plain in _PREFIXES.items():
+    return _renamed(usual_name(stored), _PREFIXES)
+
+
+def usual_name(stored: str) -> str:
+    """The name that a tensor has in most models of text, where a family has its own."""
+    return _renamed(stored, _USUAL)
+
+
+def _renamed(stored: str, prefixes: Mapping[str, str]) -> str:
+    for prefix, plain in prefixes.items():
         if stored.startswith(prefix):
             return plain + stored.removeprefix(prefix)
     return stored

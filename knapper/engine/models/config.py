@@ -12,10 +12,11 @@ from knapper.engine.models.architecture import PLAIN_NORM, Architecture, NormRul
 from knapper.engine.models.composite import BODY, Composite, UnsupportedText
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, read_json, size
 from knapper.engine.models.gaps import MISSING
-from knapper.engine.models.layer import Attention, Layer, Recurrent
+from knapper.engine.models.layer import Attention, Layer
 from knapper.engine.models.linear_shape import Part, expert_names
 from knapper.engine.models.mlp import Mixture
 from knapper.engine.models.packed import Packing, refusal
+from knapper.engine.models.recurrent import Recurrent
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
 from knapper.errors import InvalidField, NotFound, UserError
 
@@ -90,7 +91,8 @@ class ModelConfig:
 
     `embedding_scale` multiplies embeddings, `logits_scale` logits; `logits_cap`: l becomes cap tanh(l / cap).
     `body`: the decoder's place in transformers' model; `final_norm`: the last norm's, in a model of text alone.
-    `extra_layers`: that the file may have behind these, to predict further tokens; they are left out. `packing`: how
+    `extra_layers`: that the file may have behind these, to predict further tokens; they are left out. `unread`: so is
+    what a layer's tensors begin with. `packing`: how
     the files have weights in few bits; None: they have none.
     """
 
@@ -109,6 +111,7 @@ class ModelConfig:
     body: str = "model"
     final_norm: str = "model.norm"
     extra_layers: int = 0
+    unread: tuple[str, ...] = ()
     packing: Packing | None = None
 
     @cached_property
@@ -119,13 +122,13 @@ class ModelConfig:
         within = (
             LoraTarget(
                 f"layers.{index}.{shape.name}", shape.inputs, shape.outputs, shape.part,
-                module := f"{self.body}.layers.{index}.{shape.module}",
+                module := f"{self.body}.layers.{index}.{shape.joined if shape.together else shape.module}",
                 # Linears of images may have the short name, too.
                 module if self.body == BODY else shape.peft_target,
                 shape.experts,
                 peft_parameter=shape.joined
                 or (f"{shape.module}.weight" if mixed and shape.part == "mlp" and not shape.experts else ""),
-                whole=shape.whole,
+                whole=shape.whole or shape.together,
             )
             for index, layer in enumerate(self.layers)
             for shape in layer.linears(self.hidden)
@@ -155,7 +158,7 @@ class ModelConfig:
     @cached_property
     def recurrent(self) -> tuple[Recurrent, ...]:
         """Of the layers that have none: each keeps a state of its own."""
-        return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention))
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent))
 
     @property
     def state_numbers(self) -> int:
@@ -210,6 +213,7 @@ class ModelConfig:
             logits_scale=1 / architecture.logits(raw, path),
             logits_cap=architecture.cap(raw, path),
             extra_layers=architecture.extra_layers(raw, path),
+            unread=architecture.unread,
             packing=Packing.read(raw, path),
         )
 

@@ -10,9 +10,6 @@ _FUSED: Final = "experts that are one tensor in the file"
 
 MISSING: Final[Mapping[str, str]] = {
     "deepseek_v4": "attention over compressed keys",
-    "glm_moe_dsa": "attention over keys that an index chooses",
     "kimi_k25": "experts in four bits of another format (compressed-tensors)",
-    "lfm2_moe": "experts in place of MLPs, beside its convolutions",
-    "nemotron_h": "layers with a state (Mamba 2), and experts in place of MLPs",
     "qwen3_vl_moe": _FUSED,
 }

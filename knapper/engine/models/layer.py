@@ -1,7 +1,8 @@
 """What a layer is made of: the facts from which its adapters' sites, its tensors and its memory follow. Loads no torch.
 
-A layer is a mixer of rows and an MLP (`mlp`), each between norms. Mixers: `SelfAttention`, `LatentAttention`,
-`ShortConvolution`, `GatedDelta`. Another kind is a class that lists its linears, and its computation in `blocks`.
+A layer is a mixer of rows and an MLP (`mlp`), or one of them, each between norms. Mixers: `SelfAttention`,
+`LatentAttention`, and those of `recurrent`. Another kind is a class that lists its linears, and its computation in
+`blocks`.
 """
 
 import math
@@ -10,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from knapper.engine.models.linear_shape import LinearShape, Shape
-from knapper.engine.models.mlp import GatedMlp, Mixture
+from knapper.engine.models.mlp import FeedForward, Mixture
+from knapper.engine.models.recurrent import Mamba2, Recurrent
 from knapper.engine.models.rotary import Rope
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 QkNorm = Literal["head", "width"]
-CHUNK_ROWS: Final = 32  # of the delta rule: fewer take more steps over its memory, more a larger state
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class SelfAttention:
     """Causal attention. `rope`: None leaves queries and keys unrotated. `qk_norm`: an RMS norm of queries and keys
     before rotation, by head or over all heads at once. `fused`: the file has q, k and v as one linear, with one
     adapter. `gated`: beside its queries each head has a gate, whose sigmoid multiplies its output. `sinks`: each head
-    has a frozen score beside those of its keys. `output_name`, `norm_names`: the modules of the output and of the
-    norms.
+    has a frozen score beside those of its keys. `block`, `output_name`, `norm_names`: the modules of all of it,
+    of the output and of the norms.
     """
 
     heads: int
@@ -55,6 +56,7 @@ class SelfAttention:
     fused: bool = False
     gated: bool = False
     sinks: bool = False
+    block: str = "self_attn"
     output_name: str = "o_proj"
     norm_names: tuple[str, str] = ("q_norm", "k_norm")
 
@@ -77,12 +79,12 @@ class SelfAttention:
         queries = 2 * q if self.gated else q
         widths = {"qkv_proj": q + 2 * kv} if self.fused else {"q_proj": queries, "k_proj": kv, "v_proj": kv}
         return tuple(
-            LinearShape(f"self_attn.{name}", hidden, width, "attention", self.qkv_bias)
+            LinearShape(f"{self.block}.{name}", hidden, width, "attention", self.qkv_bias)
             for name, width in widths.items()
         )
 
     def output(self, hidden: int) -> LinearShape:
-        return LinearShape(f"self_attn.{self.output_name}", self.q_width, hidden, "attention", self.output_bias)
+        return LinearShape(f"{self.block}.{self.output_name}", self.q_width, hidden, "attention", self.output_bias)
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
         """All, in the order of transformers' modules, which adapters keep: Phi-3's has the output first."""
@@ -94,11 +96,11 @@ class SelfAttention:
         if self.qk_norm is None:
             return {}
         widths = (self.head_dim, self.head_dim) if self.qk_norm == "head" else (self.q_width, self.kv_width)
-        return {f"self_attn.{name}": width for name, width in zip(self.norm_names, widths, strict=True)}
+        return {f"{self.block}.{name}": width for name, width in zip(self.norm_names, widths, strict=True)}
 
     def tensors(self, hidden: int) -> Mapping[str, Shape]:  # noqa: ARG002  as of other mixers
         """Name and shape of what is neither a linear nor a norm."""
-        return {"self_attn.sinks": (self.heads,)} if self.sinks else {}
+        return {f"{self.block}.sinks": (self.heads,)} if self.sinks else {}
 
     def numbers_of_row(self, hidden: int) -> int:
         """Numbers that a row leaves for the backward pass, beside most of those of the residual's width."""
@@ -183,117 +185,9 @@ def _latent(name: str, inputs: int, outputs: int, biased: bool = False) -> Linea
     return LinearShape(f"self_attn.{name}", inputs, outputs, "attention", biased)
 
 
-@dataclass(frozen=True)
-class ShortConvolution:
-    """out(c conv(b x)), with b, c and x of one linear: LFM2, arXiv 2511.23404, section 2.
-
-    A channel's convolution sees the last `taps` rows, the row's own among them.
-    """
-
-    width: int  # the residual's
-    taps: int
-    biased: bool = False
-
-    @property
-    def state_shapes(self) -> tuple[Shape, ...]:
-        """Of one sequence: the last rows of b x."""
-        return ((self.taps, self.width),)
-
-    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
-        return (LinearShape("conv.in_proj", hidden, 3 * hidden, "attention", self.biased),)
-
-    def output(self, hidden: int) -> LinearShape:
-        return LinearShape("conv.out_proj", hidden, hidden, "attention", self.biased)
-
-    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
-        return (*self.inputs(hidden), self.output(hidden))
-
-    def norms(self) -> dict[str, int]:
-        return {}
-
-    def tensors(self, hidden: int) -> Mapping[str, Shape]:
-        bias = {"conv.conv.bias": (hidden,)} if self.biased else {}
-        return {"conv.conv.weight": (hidden, 1, self.taps), **bias}
-
-    def numbers_of_row(self, hidden: int) -> int:
-        return 6 * hidden
-
-
-@dataclass(frozen=True)
-class GatedDelta:
-    """The gated delta rule, arXiv 2412.06464: a memory from keys to values, as wide as it is at the start.
-
-    Key heads serve several value heads each. A channel's convolution sees `taps` rows. `fused`: the file has queries,
-    keys, values and the output's gate as one linear, by key head, and the rule's two gates as another.
-    """
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    taps: int
-    fused: bool = False
-
-    @property
-    def key_width(self) -> int:
-        return self.key_heads * self.key_dim
-
-    @property
-    def value_width(self) -> int:
-        return self.value_heads * self.value_dim
-
-    @property
-    def conv_width(self) -> int:
-        """Of queries, keys and values."""
-        return 2 * self.key_width + self.value_width
-
-    @property
-    def state_shapes(self) -> tuple[Shape, ...]:
-        """Of one sequence: the convolution's last rows; the memory before a chunk; keys, corrections and decays of the
-        rows in it.
-        """
-        return (
-            (self.taps, self.conv_width),
-            (self.value_heads, self.key_dim, self.value_dim),
-            (self.key_heads, CHUNK_ROWS, self.key_dim),
-            (self.value_heads, CHUNK_ROWS, self.value_dim),
-            (self.value_heads, CHUNK_ROWS),
-        )
-
-    def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
-        heads, values = self.value_heads, self.value_width
-        if self.fused:
-            widths = {"in_proj_qkvz": self.conv_width + values, "in_proj_ba": 2 * heads}
-        else:
-            widths = {"in_proj_qkv": self.conv_width, "in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads}
-        return tuple(LinearShape(f"linear_attn.{name}", hidden, width, "attention") for name, width in widths.items())
-
-    def output(self, hidden: int) -> LinearShape:
-        return LinearShape("linear_attn.out_proj", self.value_width, hidden, "attention")
-
-    def linears(self, hidden: int) -> tuple[LinearShape, ...]:
-        """All, in the order of transformers' modules."""
-        inputs, output = self.inputs(hidden), self.output(hidden)
-        return (*inputs, output) if self.fused else (output, *inputs)
-
-    def norms(self) -> dict[str, int]:
-        return {"linear_attn.norm": self.value_dim}
-
-    def tensors(self, hidden: int) -> Mapping[str, Shape]:  # noqa: ARG002  as of other mixers
-        return {
-            "linear_attn.conv1d.weight": (self.conv_width, 1, self.taps),
-            "linear_attn.dt_bias": (self.value_heads,),
-            "linear_attn.A_log": (self.value_heads,),
-        }
-
-    def numbers_of_row(self, hidden: int) -> int:
-        """The recurrence keeps its input alone; the norm and the gate of its output keep some of its width each."""
-        return 2 * self.conv_width + 6 * self.value_width + hidden
-
-
 Attention = SelfAttention | LatentAttention  # the mixers that keep keys and values
-Mixer = Attention | ShortConvolution | GatedDelta
-Recurrent = ShortConvolution | GatedDelta  # the mixers with a state of fixed size in place of keys and values
+Mixer = Attention | Recurrent
+Mlp = FeedForward | Mixture
 
 
 @dataclass(frozen=True)
@@ -315,25 +209,44 @@ PRE_NORMS: Final = Norms("input_layernorm", None, "post_attention_layernorm", No
 
 @dataclass(frozen=True)
 class Layer:
-    """x + r mixer(x), then x + r mlp(x), with `residual_scale` r."""
+    """x + r mixer(x), then x + r mlp(x), with `residual_scale` r; or the one of them that it has."""
 
-    mixer: Mixer
-    mlp: GatedMlp | Mixture
+    mixer: Mixer | None
+    mlp: Mlp | None
     norms: Norms = PRE_NORMS
     residual_scale: float = 1.0
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
         """Those that take adapters."""
-        return (*self.mixer.linears(hidden), *self.mlp.linears(hidden))
+        return tuple(linear for part in self.parts for linear in part.linears(hidden))
 
     def stored(self, hidden: int) -> tuple[LinearShape, ...]:
         """All that the file has."""
-        return (*self.linears(hidden), *self.mlp.routers(hidden))
+        frozen = (self.mixer.output(hidden),) if isinstance(self.mixer, Mamba2) else ()
+        return (*self.linears(hidden), *frozen, *(() if self.mlp is None else self.mlp.routers(hidden)))
 
     def norm_widths(self, hidden: int) -> dict[str, int]:
-        return {**dict.fromkeys(self.norms, hidden), **self.mixer.norms()}
+        return {**dict.fromkeys(self.norms, hidden), **({} if self.mixer is None else self.mixer.norms())}
+
+    def tensors(self, hidden: int) -> dict[str, Shape]:
+        """Name and shape of what is neither a linear nor a norm."""
+        mixed = {} if self.mixer is None else self.mixer.tensors(hidden)
+        corrections = {} if self.mlp is None else self.mlp.corrections()
+        return {**mixed, **{name: (width,) for name, width in corrections.items()}}
+
+    def joined(self, hidden: int) -> dict[str, Shape]:
+        """Name and shape of the tensors that have the linears of all experts, where files may have such."""
+        return {} if self.mlp is None else self.mlp.joined(hidden)
+
+    def numbers_of_row(self, hidden: int) -> int:
+        """Numbers that a row leaves for the backward pass, beside those of the residual's width."""
+        return sum(part.numbers_of_row(hidden) for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[Mixer | Mlp, ...]:
+        return tuple(part for part in (self.mixer, self.mlp) if part is not None)
 
     @property
     def state_numbers(self) -> int:
         """float32 numbers that a sequence keeps in it, however long it is."""
-        return sum(math.prod(shape) for shape in self.mixer.state_shapes)
+        return 0 if self.mixer is None else sum(math.prod(shape) for shape in self.mixer.state_shapes)

@@ -10,9 +10,10 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class LinearShape:
     """A stored linear, (inputs) -> (outputs). `module`: its name within the layer, as files have it. `experts`: there
-    are so many of one shape, and `module` has {} for an expert's number. `joined`: files may
-    have those of all experts in one tensor of this name, as transformers' model has them. `whole`: they have them in
-    no other way, (experts, inputs, outputs), and adapters so too: `module` names all of them.
+    are so many of one shape, and `module` has {} for an expert's number. `joined`: files may have those of all experts
+    in one tensor of this name, as transformers' model has them. `whole`: they have them in no other way, (experts,
+    inputs, outputs), and adapters so too: `module` names all of them. `together`: adapters alone have them so, by the
+    name of `joined`.
     """
 
     module: str
@@ -23,6 +24,7 @@ class LinearShape:
     experts: int | None = None
     joined: str | None = None
     whole: bool = False
+    together: bool = False
 
     @property
     def name(self) -> str:

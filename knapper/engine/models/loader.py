@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from knapper.engine.layers import gated_delta, paged_attention
+from knapper.engine.layers import gated_delta, paged_attention, state_space
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models import weights
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import ModelConfig, bounded_context, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
-from knapper.engine.models.layer import GatedDelta
+from knapper.engine.models.recurrent import GatedDelta, Mamba2, ShortConvolution
 
 
 def expect_architecture(directory: Path) -> None:
@@ -58,6 +58,11 @@ def load(
             name = f"attention {mixer.scores}"
             exactness.check(name, partial(paged_attention.is_invariant, *sizes, mixer.scores, decoder.device))
         for recurrent in set(config.recurrent):
-            if isinstance(recurrent, GatedDelta):
-                exactness.check(f"delta rule {recurrent}", partial(gated_delta.is_invariant, recurrent, decoder.device))
+            match recurrent:
+                case GatedDelta() as facts:
+                    exactness.check(f"delta rule {facts}", partial(gated_delta.is_invariant, facts, decoder.device))
+                case Mamba2() as facts:
+                    exactness.check(f"state space {facts}", partial(state_space.is_invariant, facts, decoder.device))
+                case ShortConvolution():
+                    pass  # sums of single elements
     return decoder

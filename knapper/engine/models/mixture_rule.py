@@ -13,17 +13,17 @@ from knapper.engine.models.fields import Raw, UnsupportedModel, number, size
 from knapper.engine.models.mlp import (
     PLAIN_EXPERTS,
     Activation,
-    GatedMlp,
+    FeedForward,
     Groups,
     Mixture,
     MixtureNames,
     Routing,
-    mlp_names,
 )
 from knapper.errors import UserError
 
 Bias = Callable[[Raw], bool]
 Layers = Callable[[Raw, int], bool]  # whether it holds for a layer, by its number
+Width = Callable[[Raw, Path, int], int]  # of an expert's width
 
 
 def never(raw: Raw) -> bool:  # noqa: ARG001  one of the rules for a bias
@@ -42,6 +42,15 @@ def every_layer(raw: Raw, index: int) -> bool:  # noqa: ARG001  one of the rules
     return True
 
 
+def by_count(raw: Raw, path: Path, width: int) -> int:
+    """Of so many experts that every row takes."""
+    return width * size(raw, "n_shared_experts", path, 1)
+
+
+def by_field(name: str) -> Width:
+    return lambda raw, path, width: size(raw, name, path)  # noqa: ARG005  the file says it, whatever the experts have
+
+
 # An architecture's own name, or transformers' for all.
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -51,16 +60,19 @@ class MixtureRule:
     """Where config.json has a mixture's sizes, and which layers have one.
 
     `width`: the field of an expert's inner size. `renormalised`: whether the weights of a row's experts are divided by
-    their sum. `grouped`: experts are chosen by groups, and each row takes shared ones too. `shared_width`: the field of
-    the inner size of a shared one, without groups. `biased`: router and experts have biases. `dense`: layers with a
-    plain MLP. `activation`: of experts, where it is not that of the MLPs.
+    their sum, to which `floor` is added. `corrected`: experts are chosen by sigmoids with a correction, of groups where
+    there are several. `shared`: the inner size of what every row goes through beside its experts; None: nothing.
+    `latent`: the field of the numbers that experts take, where it has one. `biased`: router and experts have biases.
+    `dense`: layers with a plain MLP. `activation`: of experts, where it is not that of the MLPs.
     """
 
     renormalised: Bias
-    grouped: bool = False
+    corrected: bool = False
+    floor: float = 1e-20
     biased: bool = False
     width: str = "moe_intermediate_size"
-    shared_width: str | None = None
+    shared: Width | None = None
+    latent: str | None = None
     dense: Layers = no_layer
     names: MixtureNames = PLAIN_EXPERTS
     activation: Callable[[Raw, Path], Activation] | None = None
@@ -74,11 +86,18 @@ class MixtureRule:
             raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, and there are {experts} experts")
         width = size(raw, self.width, path)
         activation = activation if self.activation is None else self.activation(raw, path)
-        if not self.grouped:
-            routing = Routing(experts, active, self.renormalised(raw), biased=self.biased)
-            field = self.shared_width
-            wide = None if field is None else GatedMlp(size(raw, field, path), activation, names=self._shared_names)
-            return Mixture(width, routing, activation, self.names, wide)
+        wide = None if self.shared is None else self.shared(raw, path, width)
+        shared = None if wide is None else FeedForward(wide, activation, names=self.names.of_shared)
+        routing = self._routing(raw, path, experts, active)
+        return Mixture(width, routing, activation, self.names, shared, self._latent(raw, path))
+
+    def _latent(self, raw: Raw, path: Path) -> int | None:
+        given = self.latent is not None and raw.get(self.latent) is not None
+        return size(raw, self.latent, path) if self.latent is not None and given else None
+
+    def _routing(self, raw: Raw, path: Path, experts: int, active: int) -> Routing:
+        if not self.corrected:
+            return Routing(experts, active, self.renormalised(raw), biased=self.biased)
         groups = Groups(size(raw, "n_group", path, 1), size(raw, "topk_group", path, 1))
         if experts % groups.count or experts // groups.count < 2 or groups.active > groups.count:
             raise UnsupportedModel(
@@ -87,14 +106,12 @@ class MixtureRule:
         if active > experts // groups.count * groups.active:
             raise UnsupportedModel(f"{path}: num_experts_per_tok is {active}, more than are in {groups.active} groups")
         scale = number(raw, "routed_scaling_factor", path, 1.0)
-        shared = GatedMlp(width * size(raw, "n_shared_experts", path, 1), activation, names=self._shared_names)
-        routing = Routing(experts, active, self.renormalised(raw), groups, scale)
-        return Mixture(width, routing, activation, self.names, shared)
+        return Routing(experts, active, self.renormalised(raw), groups, scale, floor=self.floor)
 
     @property
-    def has_shared(self) -> bool:
-        return self.grouped or self.shared_width is not None
-
-    @property
-    def _shared_names(self) -> tuple[str, str, str]:
-        return mlp_names(self.names.shared)
+    def described(self) -> str:
+        """For docs/models.md."""
+        if self.biased:
+            return "experts with biases and clamped activations"
+        chosen = ", chosen by corrected scores and by groups" if self.corrected else ""
+        return f"experts{chosen}{'' if self.shared is None else ', beside a shared one'}"

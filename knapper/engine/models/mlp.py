@@ -1,4 +1,4 @@
-"""What follows a layer's mixer: a gated MLP, or a mixture of such. Loads no torch."""
+"""What follows a layer's mixer: an MLP, mostly a gated one, or a mixture of such. Loads no torch."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -17,7 +17,10 @@ class ClampedSwish:
     limit: float
 
 
-Activation = Literal["silu", "gelu_tanh"] | ClampedSwish
+Activation = Literal["silu", "gelu_tanh", "relu2"] | ClampedSwish
+
+
+MlpNames = tuple[str, str, str] | tuple[str, str]
 
 
 def mlp_names(block: str) -> tuple[str, str, str]:
@@ -29,25 +32,25 @@ PLAIN_MLP: Final = mlp_names("mlp")
 
 
 @dataclass(frozen=True)
-class GatedMlp:
+class FeedForward:
     """down(activation(gate(x)) up(x)), arXiv 2002.05202. `fused`: the file has gate and up as one linear.
 
-    `names`: the modules of gate, up and down.
+    `names`: the modules of gate, up and down; of up and down alone for down(activation(up(x))).
     """
 
     width: int
     activation: Activation = "silu"
     fused: bool = False
-    names: tuple[str, str, str] = PLAIN_MLP
+    names: MlpNames = PLAIN_MLP
 
     def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
-        """The linears that make gate and up, in this order."""
+        """The linears that make gate and up, in this order, or up."""
         if self.fused:
             return (LinearShape("mlp.gate_up_proj", hidden, 2 * self.width, "mlp"),)
-        return tuple(LinearShape(name, hidden, self.width, "mlp") for name in self.names[:2])
+        return tuple(LinearShape(name, hidden, self.width, "mlp") for name in self.names[:-1])
 
     def output(self, hidden: int) -> LinearShape:
-        return LinearShape(self.names[2], self.width, hidden, "mlp")
+        return LinearShape(self.names[-1], self.width, hidden, "mlp")
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
         return (*self.inputs(hidden), self.output(hidden))
@@ -63,7 +66,7 @@ class GatedMlp:
 
     def numbers_of_row(self, hidden: int) -> int:  # noqa: ARG002  of every kind of MLP
         """Numbers that a row leaves for the backward pass."""
-        return 4 * self.width
+        return (4 if len(self.names) == 3 else 2) * self.width
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Routing:
 
     Their outputs are weighted by these probabilities; `renormalised`: divided by the sum of the chosen ones'. `groups`:
     the scores are sigmoids, and a frozen correction is added where experts are chosen, not where they are weighted
-    (arXiv 2412.19437, section 2.1.2). `scale` multiplies the weights. `biased`: the linear has a bias.
+    (arXiv 2412.19437, section 2.1.2). `scale` multiplies the weights. `biased`: the linear has a bias. `floor`: what is
+    added to the sum that sigmoids are divided by.
     """
 
     experts: int
@@ -91,25 +95,33 @@ class Routing:
     groups: Groups | None = None
     scale: float = 1.0
     biased: bool = False
+    floor: float = 1e-20
 
 
 @dataclass(frozen=True)
 class MixtureNames:
     """Within the layer: the router, the linears of an expert, {} for its number, what every row goes through, and the
-    linear of its weight, if it has one. `joined`: the tensors of all experts' gate and up, and of their down, in
-    architectures of which files may have them so. `whole`: they have them in no other way, gate and up as one linear
-    whose outputs alternate, with biases, and so have adapters.
+    linear of its weight, if it has one. Without `gate` experts, and what is beside them, have up and down alone.
+    `latent`: the linears before and behind the experts, where they compute in fewer numbers. `joined`: the tensors of
+    all experts' gate and up, and of their down, in architectures of which files may have them so. `whole`: they have
+    them in no other way, gate and up as one linear whose outputs alternate, with biases, and so have adapters.
     """
 
     router: str = "mlp.gate"
-    gate: str = "mlp.experts.{}.gate_proj"
+    gate: str | None = "mlp.experts.{}.gate_proj"
     up: str = "mlp.experts.{}.up_proj"
     down: str = "mlp.experts.{}.down_proj"
     correction: str = "mlp.gate.e_score_correction_bias"
     shared: str = "mlp.shared_experts"
     shared_gate: str | None = None
+    latent: tuple[str, str] | None = None
     joined: tuple[str, str] | None = None
     whole: bool = False
+
+    @property
+    def of_shared(self) -> MlpNames:
+        gate, up, down = mlp_names(self.shared)
+        return (up, down) if self.gate is None else (gate, up, down)
 
 
 PLAIN_EXPERTS: Final = MixtureNames()
@@ -117,33 +129,44 @@ PLAIN_EXPERTS: Final = MixtureNames()
 
 @dataclass(frozen=True)
 class Mixture:
-    """Gated MLPs of `width`, of which each row takes some, as `routing` says. Sources: arXiv 1701.06538, section 2.
+    """MLPs of `width`, of which each row takes some, as `routing` says. Sources: arXiv 1701.06538, section 2.
 
     `shared`: one beside them that every row takes (arXiv 2401.06066, section 3.2); with a name for its gate, a frozen
-    linear of one output, that one's sigmoid multiplies what it gives.
+    linear of one output, that one's sigmoid multiplies what it gives. `latent`: the numbers of a row that experts take
+    and give (arXiv 2601.18089); None: the residual's.
     """
 
     width: int
     routing: Routing
     activation: Activation = "silu"
     names: MixtureNames = PLAIN_EXPERTS
-    shared: GatedMlp | None = None
+    shared: FeedForward | None = None
+    latent: int | None = None
 
     def inputs(self, hidden: int) -> tuple[LinearShape, ...]:
-        """The experts' linears that make gate and up, in this order."""
+        """The experts' linears that make gate and up, in this order, or up."""
         if self.names.whole:
             return (self._whole(hidden, 2 * self.width, 0),)
-        return tuple(self._of_experts(name, hidden, self.width, 0) for name in (self.names.gate, self.names.up))
+        names = (self.names.up,) if self.names.gate is None else (self.names.gate, self.names.up)
+        return tuple(self._of_experts(name, self.latent or hidden, self.width, 0) for name in names)
 
     def output(self, hidden: int) -> LinearShape:
         if self.names.whole:
             return self._whole(self.width, hidden, 1)
-        return self._of_experts(self.names.down, self.width, hidden, 1)
+        return self._of_experts(self.names.down, self.width, self.latent or hidden, 1)
 
     def linears(self, hidden: int) -> tuple[LinearShape, ...]:
         """Those that take adapters: the router does not, in training as in the field."""
         shared = () if self.shared is None else self.shared.linears(hidden)
-        return (*self.inputs(hidden), self.output(hidden), *shared)
+        return (*self.inputs(hidden), self.output(hidden), *shared, *self.latents(hidden))
+
+    def latents(self, hidden: int) -> tuple[LinearShape, ...]:
+        """The linears before and behind the experts."""
+        if self.latent is None or self.names.latent is None:
+            return ()
+        before, behind = self.names.latent
+        sizes = (before, hidden, self.latent), (behind, self.latent, hidden)
+        return tuple(LinearShape(name, inputs, outputs, "mlp") for name, inputs, outputs in sizes)
 
     def router(self, hidden: int) -> LinearShape:
         return LinearShape(self.names.router, hidden, self.routing.experts, "mlp", self.routing.biased)
@@ -165,8 +188,10 @@ class Mixture:
         """Numbers that a row leaves for the backward pass: of each of its experts, and of the router."""
         shared = 0 if self.shared is None else self.shared.numbers_of_row(hidden)
         shared += 0 if self.shared_gate(hidden) is None else hidden + 1  # what it weights, and the weight
-        inner = 7 if isinstance(self.activation, ClampedSwish) else 4  # its gate and up before and after the clamps
-        return self.routing.active * (inner * self.width + 2 * hidden) + 2 * self.routing.experts + shared
+        inner = 2 if self.names.gate is None else 4
+        inner = 7 if isinstance(self.activation, ClampedSwish) else inner  # its gate and up before and after the clamps
+        wide, latent = self.latent or hidden, 0 if self.latent is None else 2 * self.latent
+        return self.routing.active * (inner * self.width + 2 * wide) + 2 * self.routing.experts + shared + latent
 
     def joined(self, hidden: int) -> dict[str, Shape]:
         """Name and shape of the tensors that have the linears of all experts, where files may have such."""
@@ -175,13 +200,16 @@ class Mixture:
         gate_up, down = self.names.joined
         experts, width = self.routing.experts, self.width
         if not self.names.whole:
-            return {gate_up: (experts, 2 * width, hidden), down: (experts, hidden, width)}
+            wide = self.latent or hidden
+            return {gate_up: (experts, len(self.inputs(hidden)) * width, wide), down: (experts, wide, width)}
         biases = {f"{gate_up}_bias": (experts, 2 * width), f"{down}_bias": (experts, hidden)}
         return {gate_up: (experts, hidden, 2 * width), down: (experts, width, hidden), **biases}
 
     def _of_experts(self, module: str, inputs: int, outputs: int, place: int) -> LinearShape:
         joined = None if self.names.joined is None else self.names.joined[place]
-        return LinearShape(module, inputs, outputs, "mlp", experts=self.routing.experts, joined=joined)
+        together = self.names.gate is None  # PEFT takes one by one those with gates only
+        experts = self.routing.experts
+        return LinearShape(module, inputs, outputs, "mlp", experts=experts, joined=joined, together=together)
 
     def _whole(self, inputs: int, outputs: int, place: int) -> LinearShape:
         assert self.names.joined is not None

@@ -4,6 +4,7 @@ Loads no torch: the start of a server fails within milliseconds if an engine cou
 """
 
 import json
+import re
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from knapper.engine.models.composite import text_name
+from knapper.engine.models.composite import text_name, usual_name
 from knapper.engine.models.config import ModelConfig, is_composite
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.linear_shape import Shape
@@ -67,16 +68,15 @@ def entries(directory: Path) -> dict[str, TensorHeader]:
 
 
 def text_entries(directory: Path) -> dict[str, TensorHeader]:
-    """The language model's tensors, by the names of a model of text alone. Raises NotFound, BrokenModel.
+    """The language model's tensors, by the names of a model of text alone, and by the usual ones where a family has its
+    own. Raises NotFound, BrokenModel.
 
     Of a composite's other parts none is among them: they are neither read nor counted.
     """
-    headers = entries(directory)
-    if not is_composite(directory):
-        return headers
+    headers, plain = entries(directory), text_name if is_composite(directory) else usual_name
     found: dict[str, TensorHeader] = {}
     for stored, header in headers.items():
-        name = text_name(stored)
+        name = plain(stored)
         if name in found:
             raise BrokenModel(f"{directory}: {stored} and {found[name].stored} are the same tensor. Keep one of them")
         if name is not None:
@@ -122,10 +122,9 @@ def promised(config: ModelConfig, having: Container[str] = ()) -> Iterator[tuple
     for index, layer in enumerate(config.layers):
         prefix = f"model.layers.{index}"
         yield from ((f"{prefix}.{name}.weight", (width,)) for name, width in layer.norm_widths(config.hidden).items())
-        yield from ((f"{prefix}.{name}", shape) for name, shape in layer.mixer.tensors(config.hidden).items())
-        yield from ((f"{prefix}.{name}", (width,)) for name, width in layer.mlp.corrections().items())
-        joined = {f"{prefix}.{name}": shape for name, shape in layer.mlp.joined(config.hidden).items()}
-        joins = any(linear.whole for linear in layer.mlp.linears(config.hidden)) or next(iter(joined), None) in having
+        yield from ((f"{prefix}.{name}", shape) for name, shape in layer.tensors(config.hidden).items())
+        joined = {f"{prefix}.{name}": shape for name, shape in layer.joined(config.hidden).items()}
+        joins = any(linear.whole for linear in layer.linears(config.hidden)) or next(iter(joined), None) in having
         if joins:
             yield from joined.items()
         for linear in layer.stored(config.hidden):
@@ -137,6 +136,12 @@ def promised(config: ModelConfig, having: Container[str] = ()) -> Iterator[tuple
                     yield f"{prefix}.{module}.bias", (linear.outputs,)
     if not config.tied:
         yield "lm_head.weight", (config.vocab_size, config.hidden)
+
+
+def is_unread(name: str, config: ModelConfig) -> bool:
+    """Whether it is of a part of a layer that no text needs that is served."""
+    layer = re.match(r"model\.layers\.\d+\.", name)
+    return layer is not None and name[layer.end() :].startswith(config.unread)
 
 
 def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHeader | PackedTensor]:
@@ -164,7 +169,7 @@ def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHea
     unexpected = sorted(
         name
         for name in headers.keys() - known - optional
-        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(skipped)
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(skipped) and not is_unread(name, config)
     )
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")

@@ -15,25 +15,29 @@ from knapper.engine.layers.experts import ExpertLinears
 from knapper.engine.layers.gated_delta import GatedDeltaRecurrence
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.recurrence import Convolution
+from knapper.engine.layers.state_space import StateSpaceRecurrence
 from knapper.engine.models import weight_files
 from knapper.engine.models.blocks import (
     AttentionBlock,
     ConvolutionBlock,
     DeltaBlock,
     ExpertSites,
-    GatedMlpBlock,
+    FeedForwardBlock,
     LatentBlock,
     LayerBlock,
     Mixer,
     MixtureBlock,
     RmsNorm,
     Sites,
+    StateSpaceBlock,
 )
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import Attention, GatedDelta, LatentAttention, Layer, SelfAttention, ShortConvolution
+from knapper.engine.models.layer import Attention, LatentAttention, Layer, SelfAttention
+from knapper.engine.models.layer import Mixer as MixerFacts
 from knapper.engine.models.linear_shape import LinearShape
-from knapper.engine.models.mlp import GatedMlp, Mixture
+from knapper.engine.models.mlp import FeedForward, Mixture
 from knapper.engine.models.packed import PackedTensor
+from knapper.engine.models.recurrent import GatedDelta, Mamba2, Recurrent, ShortConvolution
 from knapper.engine.models.tensor_header import TensorHeader
 from knapper.engine.models.unpack import unpacked
 from knapper.limits import MIB
@@ -113,8 +117,8 @@ class _Loader:
     def layer(self, index: int, layer: Layer) -> LayerBlock:
         names = layer.norms
         return LayerBlock(
-            mixer=self._mixer(index, layer),
-            mlp=self._mlp(index, layer.mlp),
+            mixer=None if layer.mixer is None else self._mixer(index, layer.mixer),
+            mlp=None if layer.mlp is None else self._mlp(index, layer.mlp),
             mixer_input=self._norm(index, names.mixer_input),
             mixer_output=self._norm(index, names.mixer_output),
             mlp_input=self._norm(index, names.mlp_input),
@@ -125,8 +129,8 @@ class _Loader:
     def _norm(self, index: int, name: str | None) -> RmsNorm | None:
         return None if name is None else self.norm(f"model.layers.{index}.{name}")
 
-    def _mixer(self, index: int, layer: Layer) -> Mixer:
-        match layer.mixer:
+    def _mixer(self, index: int, mixer: MixerFacts) -> Mixer:
+        match mixer:
             case SelfAttention() as facts:
                 return self._attention(index, facts)
             case LatentAttention() as facts:
@@ -135,11 +139,13 @@ class _Loader:
                 return self._convolution(index, facts)
             case GatedDelta() as facts:
                 return self._delta(index, facts)
+            case Mamba2() as facts:
+                return self._state_space(index, facts)
 
     def _number(self, index: int) -> int:
         """Of a layer, among those before it that keep the same kind of past: keys and values, or a state."""
-        has_attention = isinstance(self.config.layers[index].mixer, Attention)
-        return sum(isinstance(layer.mixer, Attention) == has_attention for layer in self.config.layers[:index])
+        kind = Attention if isinstance(self.config.layers[index].mixer, Attention) else Recurrent
+        return sum(isinstance(layer.mixer, kind) for layer in self.config.layers[:index])
 
     def _attention(self, index: int, facts: SelfAttention) -> AttentionBlock:
         hidden = self.config.hidden
@@ -147,7 +153,7 @@ class _Loader:
         q_norm, k_norm = norms or (None, None)
         qkv, o = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
         if facts.sinks:
-            sinks_H = self._float(index, "self_attn.sinks")
+            sinks_H = self._float(index, f"{facts.block}.sinks")
             facts = replace(facts, scores=replace(facts.scores, sinks_H=sinks_H))
         return AttentionBlock(facts, self._number(index), qkv, o, q_norm, k_norm)
 
@@ -178,9 +184,19 @@ class _Loader:
         inputs, output = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
         convolution = Convolution(self._taps(index, f"{at}.conv1d.weight"))
         decay_H, bias_H = self._float(index, f"{at}.A_log").exp(), self._float(index, f"{at}.dt_bias")
-        recurrence = GatedDeltaRecurrence(facts, convolution, decay_H, bias_H)
+        recurrence = GatedDeltaRecurrence(convolution, facts, decay_H, bias_H)
         norm = RmsNorm(self.tensor(f"model.layers.{index}.{at}.norm.weight"), self.config.rms_eps)
         return DeltaBlock(facts, self._number(index), inputs, output, recurrence, norm)
+
+    def _state_space(self, index: int, facts: Mamba2) -> StateSpaceBlock:
+        hidden, at = self.config.hidden, "mixer"
+        inputs, output = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        bias_X = self._float(index, f"{at}.conv1d.bias") if facts.biased else None
+        convolution = Convolution(self._taps(index, f"{at}.conv1d.weight"), bias_X)
+        decay_H, bias_H, skip_H = (self._float(index, f"{at}.{name}") for name in ("A_log", "dt_bias", "D"))
+        recurrence = StateSpaceRecurrence(convolution, facts, decay_H.exp(), bias_H, skip_H)
+        weight = self._float(index, f"{at}.norm.weight")
+        return StateSpaceBlock(facts, self._number(index), inputs, output, recurrence, weight, self.config.rms_eps)
 
     def _taps(self, index: int, name: str) -> Tensor:
         """A convolution's weights (K, X)."""
@@ -190,26 +206,27 @@ class _Loader:
         """In float32 of the numbers that `dtype` can hold, as the model's own code computes with them."""
         return self.tensor(f"model.layers.{index}.{name}").float()
 
-    def _mlp(self, index: int, facts: GatedMlp | Mixture) -> GatedMlpBlock | MixtureBlock:
+    def _mlp(self, index: int, facts: FeedForward | Mixture) -> FeedForwardBlock | MixtureBlock:
         hidden = self.config.hidden
         inputs, outputs = facts.inputs(hidden), [facts.output(hidden)]
-        if isinstance(facts, GatedMlp):
-            return self._gated_mlp(index, facts)
+        if isinstance(facts, FeedForward):
+            return self._feed_forward(index, facts)
         wide = None if facts.routing.groups is None else torch.float32
         corrections = [self.tensors.take(f"model.layers.{index}.{name}").float() for name in facts.corrections()]
         return MixtureBlock(
             facts=facts,
             router=self._routers(index, facts.routers(hidden), wide),
             correction_E=corrections[0] if corrections else None,
-            gate_up=self._experts(index, inputs),
+            latents=tuple(self._sites(index, [shape]) for shape in facts.latents(hidden)),
+            inputs=self._experts(index, inputs),
             down=self._experts(index, outputs),
-            shared=None if facts.shared is None else self._gated_mlp(index, facts.shared),
+            shared=None if facts.shared is None else self._feed_forward(index, facts.shared),
         )
 
-    def _gated_mlp(self, index: int, facts: GatedMlp) -> GatedMlpBlock:
+    def _feed_forward(self, index: int, facts: FeedForward) -> FeedForwardBlock:
         hidden = self.config.hidden
-        gate_up, down = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
-        return GatedMlpBlock(facts, gate_up, down)
+        inputs, down = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        return FeedForwardBlock(facts, inputs, down)
 
     def _experts(self, index: int, shapes: Sequence[LinearShape]) -> ExpertSites:
         """Of every expert its linears of the same input as one; of a tensor of all experts, views."""

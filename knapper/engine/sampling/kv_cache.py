@@ -25,7 +25,7 @@ from knapper.engine.layers.delta_rule import ChunkState
 from knapper.engine.layers.paged_attention import PAGE, PageTable
 from knapper.engine.layers.recurrence import State
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import CHUNK_ROWS, GatedDelta
+from knapper.engine.models.recurrent import CHUNK_ROWS, Chunked
 from knapper.engine.sampling.decode_attention import Attention
 from knapper.engine.sampling.places import Places
 from knapper.engine.transfer import to_device
@@ -74,7 +74,7 @@ class Cache:
         """`positions_max` of all sequences together; None: unlimited."""
         states = [mixer.state_shapes for mixer in config.recurrent]
         layers, kv_heads, head_dim = config.kv_shape
-        self._delta_layers = [layer for layer, mixer in enumerate(config.recurrent) if isinstance(mixer, GatedDelta)]
+        self._chunked_layers = [layer for layer, mixer in enumerate(config.recurrent) if isinstance(mixer, Chunked)]
         self._extra = state_positions(config, dtype)
         self._device = device
         self.pages = Places(layers * [2 * [(kv_heads, PAGE, head_dim)]], dtype, device)
@@ -144,11 +144,11 @@ class Cache:
             self.pages.zero(self.pages.used, self.pages.used + len(full))
             for slot in full:
                 self._take(slot, 1)
-        if self._delta_layers:
+        if self._chunked_layers:
             self._fold()
 
     def _fold(self) -> None:
-        """The chunks of the delta rule that became full go into their sequences' memories."""
+        """The chunks that became full go into their sequences' memories."""
         full = [
             row for row, slot in enumerate(self.rows) if slot.length % CHUNK_ROWS == 0 and slot.folded < slot.length
         ]
@@ -156,7 +156,7 @@ class Cache:
             return
         try:
             places = to_device(full, self._device)
-            for layer in self._delta_layers:
+            for layer in self._chunked_layers:
                 delta_rule.fold_(ChunkState(*self.states.layer(layer)[1:]), places)
         except BaseException:
             for row in full:

@@ -156,6 +156,7 @@ def test_on_a_gpu_a_layer_waits_for_nothing(tmp_path: Path, kind: str) -> None:
     directory, meta = strange_model(tmp_path, kind), torch.device("meta")
     config = ModelConfig.read(directory)
     block = weights.load(directory, config, torch.bfloat16, meta).layers[1].mlp
+    assert block is not None
     shapes = {target.name: target.shapes(4) for target in config.lora_targets}
     a, b = ({name: torch.empty(both[side], device=meta, requires_grad=True) for name, both in shapes.items()}
             for side in (0, 1))  # fmt: skip

@@ -12,13 +12,14 @@ import torch
 
 from knapper.engine.models import registry
 from knapper.engine.models.config import HEAD, Facts, ModelConfig
-from knapper.engine.models.layer import GatedDelta, LatentAttention, ShortConvolution
-from knapper.engine.models.mlp import Mixture
+from knapper.engine.models.layer import LatentAttention
+from knapper.engine.models.mlp import FeedForward, Mixture
+from knapper.engine.models.recurrent import GatedDelta, Mamba2, ShortConvolution
 from knapper.engine.models.rotary import LongScaling, Rope
 from knapper.engine.models.transformers_loader import load
 from tests.engine.strange import FOREIGN, NATIVE, strange_model
 
-_RECURRENT: Final = {ShortConvolution: "convolutions", GatedDelta: "the gated delta rule"}
+_RECURRENT: Final = {ShortConvolution: "convolutions", GatedDelta: "the gated delta rule", Mamba2: "Mamba 2"}
 PAGE: Final = Path(__file__).parents[3] / "docs" / "models.md"
 
 
@@ -44,7 +45,10 @@ def compared() -> str:
             config = ModelConfig.read(strange_model(Path(directory), kind))
         options[config.model_type].append("; ".join(_options(config)) or "plain")
     rows = (f"| `{model_type}` | {' / '.join(found)} |\n" for model_type, found in options.items())
-    return "| model type | compared in these configurations, each of two layers |\n|---|---|\n" + "".join(rows)
+    return (
+        "| model type | compared in these configurations, each of two layers, or of one of each kind |\n|---|---|\n"
+        + "".join(rows)
+    )
 
 
 def _options(config: ModelConfig) -> Iterator[str]:
@@ -70,16 +74,25 @@ def _options(config: ModelConfig) -> Iterator[str]:
         yield "a part of each head rotated"
     if mixers[0].scores.cap is not None:
         yield "caps"
-    mixtures = [layer.mlp.routing for layer in config.layers if isinstance(layer.mlp, Mixture)]
+    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, Mixture)]
     if mixtures:
-        summed = ", their weights renormalised" if mixtures[0].renormalised else ""
-        groups = mixtures[0].groups
-        grouped = "" if groups is None else f", of {groups.active} of {groups.count} groups, and shared ones"
-        yield f"{mixtures[0].active} of {mixtures[0].experts} experts{grouped}{summed}"
-    if 0 < len(mixtures) < len(config.layers):
+        yield _experts(mixtures[0])
+    if mixtures and any(isinstance(layer.mlp, FeedForward) for layer in config.layers):
         yield "a dense layer"
     if config.tied:
         yield "a tied head"
+
+
+def _experts(mixture: Mixture) -> str:
+    routing, groups = mixture.routing, mixture.routing.groups
+    parts = {
+        f"{routing.active} of {routing.experts} experts": True,
+        f"of {groups and groups.active} of {groups and groups.count} groups": groups is not None and groups.count > 1,
+        "and a shared one": mixture.shared is not None,
+        "computing in fewer numbers": mixture.latent is not None,
+        "their weights renormalised": routing.renormalised,
+    }
+    return ", ".join(part for part, has in parts.items() if has)
 
 
 def _scaled(rope: Rope) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from knapper.catalogue import servable
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import CHUNK_ROWS
+from knapper.engine.models.recurrent import CHUNK_ROWS
 from knapper.engine.sampling.kv_cache import Cache
 from knapper.errors import InvalidField
 from knapper.settings import Settings
@@ -20,7 +20,7 @@ from tests.engine.sampling.test_scheduler import House, prompt_of, request, same
 from tests.engine.strange import strange_model
 from tests.engine.test_scarcity import alike, answers, nothing_left
 
-KINDS = ["lfm2", "qwen3_5"]
+KINDS = ["lfm2", "qwen3_5", "nemotron_h"]
 
 
 def house_of(directory: Path, kind: str) -> House:
@@ -95,7 +95,7 @@ def test_a_fold_that_breaks_loses_its_sequences_and_no_others(tmp_path: Path) ->
 def test_vllm_is_refused_for_it(tmp_path: Path, kind: str) -> None:
     directory = strange_model(tmp_path, kind)
     settings = Settings.load({"KNAPPER_MODEL_DIRECTORY": str(directory), "KNAPPER_SAMPLER": "vllm"})
-    with pytest.raises(InvalidField, match=r"KNAPPER_SAMPLER.*whose layers have states"):
+    with pytest.raises(InvalidField, match=r"KNAPPER_SAMPLER.*(whose layers have states|a mixture)"):
         servable.expect_libraries(settings, "native")
 
 

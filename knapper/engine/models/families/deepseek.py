@@ -1,6 +1,8 @@
 """DeepSeek-V3, arXiv 2412.19437: latent attention, and experts chosen by groups behind some dense layers.
 
 Kimi K2, arXiv 2507.20534, is of the same layers under a name of its own. GLM-4.7-Flash has them with other sizes.
+DeepSeek-V3.2, arXiv 2512.02556, and GLM-5 let an index choose the keys of a row, a fixed number: all of them, in a text
+that is no longer.
 """
 
 from dataclasses import replace
@@ -10,7 +12,7 @@ from typing import Final
 from knapper.engine.models.architecture import OPTIONS, Architecture, by_option
 from knapper.engine.models.fields import Raw, size
 from knapper.engine.models.layer import LatentAttention, ScoreRule
-from knapper.engine.models.mixture_rule import MixtureRule
+from knapper.engine.models.mixture_rule import MixtureRule, by_count
 from knapper.engine.models.rotary import FULL, RopeRule, score_factor
 
 _SPARSE: Final = "sparse"
@@ -54,6 +56,10 @@ def _listed(raw: Raw, index: int) -> bool:
     return index == 0 if kinds is None else kinds[index] != _SPARSE
 
 
+def _listed_or_first(raw: Raw, index: int) -> bool:
+    return _first(raw, index) if raw.get("mlp_layer_types") is None else _listed(raw, index)
+
+
 def _unreadable_layers(raw: Raw) -> str:
     """Before the layers are taken from it."""
     first, kinds = raw.get("first_k_dense_replace", 3), raw.get("mlp_layer_types")
@@ -67,6 +73,8 @@ def _by_norm_topk_prob(raw: Raw) -> bool:
     return bool(raw.get("norm_topk_prob", True))
 
 
+_INDEX: Final = "index_topk"
+_INDEXER: Final = ("self_attn.indexer.",)
 _REFUSED: Final = (*OPTIONS, _biased, _fewer_keys, _unreadable_layers)
 
 ARCHITECTURES: Final = (
@@ -75,7 +83,7 @@ ARCHITECTURES: Final = (
         "DeepSeek-V3, V3.1 and R1; Kimi K2 (`kimi_k2`)",
         latent=_latent,
         rope=_ROPE,
-        mixture=MixtureRule(_by_norm_topk_prob, grouped=True, dense=_first),
+        mixture=MixtureRule(_by_norm_topk_prob, corrected=True, shared=by_count, dense=_first),
         refused=_REFUSED,
         also_named=("kimi_k2",),
     ),
@@ -84,7 +92,28 @@ ARCHITECTURES: Final = (
         "GLM-4.7-Flash",
         latent=_latent,
         rope=_ROPE,
-        mixture=MixtureRule(_by_norm_topk_prob, grouped=True, dense=_listed),
+        mixture=MixtureRule(_by_norm_topk_prob, corrected=True, shared=by_count, dense=_listed),
+        refused=_REFUSED,
+        rms_eps=1e-5,
+    ),
+    Architecture(
+        "deepseek_v32",
+        "DeepSeek-V3.2",
+        latent=_latent,
+        rope=_ROPE,
+        mixture=MixtureRule(_by_norm_topk_prob, corrected=True, shared=by_count, dense=_listed_or_first),
+        indexed=_INDEX,
+        unread=_INDEXER,
+        refused=_REFUSED,
+    ),
+    Architecture(
+        "glm_moe_dsa",
+        "GLM-5, 5.1, 5.2 and 5.3",
+        latent=_latent,
+        rope=_ROPE,
+        mixture=MixtureRule(_by_norm_topk_prob, corrected=True, shared=by_count, dense=_listed_or_first),
+        indexed=_INDEX,
+        unread=_INDEXER,
         refused=_REFUSED,
         rms_eps=1e-5,
     ),

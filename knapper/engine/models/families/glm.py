@@ -9,7 +9,7 @@ from typing import Final
 from knapper.engine.models.architecture import OPTIONS, Architecture, by_default, by_option
 from knapper.engine.models.fields import Raw
 from knapper.engine.models.layer import Norms
-from knapper.engine.models.mixture_rule import MixtureRule, never
+from knapper.engine.models.mixture_rule import MixtureRule, by_count, never
 from knapper.engine.models.rotary import RopeRule
 
 _BOTH_SIDES: Final = Norms(
@@ -67,7 +67,7 @@ ARCHITECTURES: Final = (
         qkv_bias=by_option,
         output_bias=never,
         rope=RopeRule(partial=0.5),
-        mixture=MixtureRule(_by_norm_topk_prob, grouped=True, dense=_first),
+        mixture=MixtureRule(_by_norm_topk_prob, corrected=True, shared=by_count, dense=_first),
         refused=(*OPTIONS, _unreadable_layers),
         rms_eps=1e-5,
     ),

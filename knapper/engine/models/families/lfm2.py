@@ -1,12 +1,17 @@
-"""LFM2, arXiv 2511.23404: short convolutions, gated on both sides, and a few layers of attention."""
+"""LFM2, arXiv 2511.23404: short convolutions, gated on both sides, and a few layers of attention.
+
+LFM2-MoE has experts behind some dense layers, chosen by sigmoids with a frozen correction.
+"""
 
 from pathlib import Path
 from typing import Final
 
 from knapper.engine.models.architecture import OPTIONS, Architecture, Names, RecurrentLayers
 from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, size
-from knapper.engine.models.layer import Norms, ShortConvolution
-from knapper.engine.models.mixture_rule import never
+from knapper.engine.models.layer import Norms
+from knapper.engine.models.mixture_rule import MixtureRule, never
+from knapper.engine.models.mlp import MixtureNames
+from knapper.engine.models.recurrent import ShortConvolution
 from knapper.engine.models.rotary import FULL, RopeRule
 
 _CONVOLUTION: Final = "conv"
@@ -47,6 +52,43 @@ def _ties(raw: Raw, default: bool) -> bool:
     return bool(raw.get("tie_embedding", raw.get("tie_word_embeddings", default)))
 
 
+def _by_norm_topk_prob(raw: Raw) -> bool:
+    return bool(raw.get("norm_topk_prob", True))
+
+
+def _first(raw: Raw, index: int) -> bool:
+    return index < int(raw.get("num_dense_layers", 2))
+
+
+def _unreadable_layers(raw: Raw) -> str:
+    """Before the layers are taken from it."""
+    first = raw.get("num_dense_layers", 2)
+    return "" if isinstance(first, int) else f"num_dense_layers {first!r} (only a number)"
+
+
+def _uncorrected(raw: Raw) -> str:
+    return "" if raw.get("use_expert_bias", True) else "experts chosen without a correction (use_expert_bias)"
+
+
+_NORMS: Final = Norms("operator_norm", None, "ffn_norm", None)
+_ROPE: Final = RopeRule(theta=1000000.0)
+_RECURRENT: Final = RecurrentLayers(_mixer, ShortConvolution(1, 1), "short convolutions in place of most attention")
+_NAMES: Final = Names(
+    output="out_proj",
+    qk_norms=("q_layernorm", "k_layernorm"),
+    mlp=("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
+    final_norm="model.embedding_norm",
+    eps_field="norm_eps",
+)
+_EXPERTS: Final = MixtureNames(
+    router="feed_forward.gate",
+    gate="feed_forward.experts.{}.w1",
+    up="feed_forward.experts.{}.w3",
+    down="feed_forward.experts.{}.w2",
+    correction="feed_forward.expert_bias",
+    joined=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+)
+
 ARCHITECTURES: Final = (
     Architecture(
         "lfm2",
@@ -54,19 +96,29 @@ ARCHITECTURES: Final = (
         qk_norm="head",
         qkv_bias=never,
         output_bias=never,
-        norms=Norms("operator_norm", None, "ffn_norm", None),
-        rope=RopeRule(theta=1000000.0),
-        recurrent=RecurrentLayers(_mixer, ShortConvolution(1, 1), "short convolutions in place of most attention"),
+        norms=_NORMS,
+        rope=_ROPE,
+        recurrent=_RECURRENT,
         mlp_width=_mlp_width,
         ties_by=_ties,
-        names=Names(
-            output="out_proj",
-            qk_norms=("q_layernorm", "k_layernorm"),
-            mlp=("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
-            final_norm="model.embedding_norm",
-            eps_field="norm_eps",
-        ),
+        names=_NAMES,
         refused=OPTIONS,
+        rms_eps=1e-5,
+        tied=True,
+    ),
+    Architecture(
+        "lfm2_moe",
+        "LFM2 8B-A1B and 24B-A2B",
+        qk_norm="head",
+        qkv_bias=never,
+        output_bias=never,
+        norms=_NORMS,
+        rope=_ROPE,
+        recurrent=_RECURRENT,
+        mixture=MixtureRule(_by_norm_topk_prob, corrected=True, floor=1e-6, dense=_first, names=_EXPERTS),
+        ties_by=_ties,
+        names=_NAMES,
+        refused=(*OPTIONS, _unreadable_layers, _uncorrected),
         rms_eps=1e-5,
         tied=True,
     ),

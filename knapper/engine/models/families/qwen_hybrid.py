@@ -11,9 +11,9 @@ from knapper.engine.models.architecture import OPTIONS, Architecture, NormRule, 
 from knapper.engine.models.composite import Composite
 from knapper.engine.models.families.qwen import dense, unreadable_layers
 from knapper.engine.models.fields import Raw, UnsupportedModel, size
-from knapper.engine.models.layer import GatedDelta
-from knapper.engine.models.mixture_rule import MixtureRule, always
+from knapper.engine.models.mixture_rule import MixtureRule, always, by_field
 from knapper.engine.models.mlp import MixtureNames
+from knapper.engine.models.recurrent import GatedDelta
 from knapper.engine.models.rotary import FULL, RopeRule
 
 _LINEAR: Final = "linear_attention"
@@ -74,7 +74,7 @@ _NORM: Final = NormRule(wide=True, offset=1.0)
 _ROPE: Final = RopeRule(partial=0.25)
 _NAMES: Final = MixtureNames(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate")
 _JOINED: Final = replace(_NAMES, joined=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
-_SHARED_WIDTH: Final = "shared_expert_intermediate_size"
+_SHARED: Final = by_field("shared_expert_intermediate_size")
 
 ARCHITECTURES: Final = (
     Architecture(
@@ -96,7 +96,7 @@ ARCHITECTURES: Final = (
         norm=_NORM,
         rope=_ROPE,
         recurrent=RecurrentLayers(_mixer, GatedDelta(1, 1, 1, 1, 1), _DESCRIBED),
-        mixture=MixtureRule(always, shared_width=_SHARED_WIDTH, names=_JOINED),
+        mixture=MixtureRule(always, shared=_SHARED, names=_JOINED),
         refused=(*OPTIONS, _other_gates),
         head_dim=256,
     ),
@@ -108,7 +108,7 @@ ARCHITECTURES: Final = (
         norm=_NORM,
         rope=_ROPE,
         recurrent=RecurrentLayers(_fused_mixer, GatedDelta(1, 1, 1, 1, 1, fused=True), _DESCRIBED),
-        mixture=MixtureRule(_by_norm_topk_prob, shared_width=_SHARED_WIDTH, dense=_dense, names=_NAMES),
+        mixture=MixtureRule(_by_norm_topk_prob, shared=_SHARED, dense=_dense, names=_NAMES),
         refused=(*OPTIONS, _other_gates, unreadable_layers),
         head_dim=256,
     ),
