@@ -79,7 +79,8 @@ age_recipients_max = 10  # of one encrypted export; the same as Tinker's own ser
 image_bytes_max = 8 * MIB  # of a file
 image_pixels_max = 16 * MIB  # 4096 x 4096, by its header: decoded they take three bytes each, and several times at once
 image_sides_ratio_max = 200  # the longer one by the shorter one, as Qwen's own processor has it
-images_max = 64  # of one prompt or datum
+image_tokens_max = 16384  # those of so many pixels, at 32 x 32 a token
+images_max = 1024  # of one request
 
 # ---- Sampling.
 num_samples_max = 1024  # samples of one asample request

@@ -20,7 +20,6 @@ from knapper.engine.images.reader import ImageReader
 from knapper.engine.models import weight_files
 from knapper.engine.models.fields import read_json
 from knapper.engine.models.tensor_header import BrokenModel
-from knapper.errors import TooLarge
 from knapper.wire.types import Image
 
 FEATURES_BYTES_MAX: Final = 256 * limits.MIB  # of the images seen last: a prompt's samples come as several requests
@@ -44,8 +43,6 @@ class VisionTower:
 
     def placed(self, images: Sequence[Image], where: str) -> tuple[PlacedImage, ...]:
         """Read on any thread. Raises InvalidField or TooLarge for the first that is wrong; `where` names the prompt."""
-        if len(images) > limits.images_max:
-            raise TooLarge(f"{where} has {len(images)} images; allowed: {limits.images_max}; send fewer a prompt")
         return tuple(self._reader.placed(image, where) for image in images)
 
     def features(self, image: PlacedImage) -> Tensor:
