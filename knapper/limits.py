@@ -75,6 +75,13 @@ operations_waiting_max = 16384  # accepted and not yet applied, for one run
 operations_ahead_max = 1_000_000  # how far past the newest applied operation a seq_id may be
 age_recipients_max = 10  # of one encrypted export; the same as Tinker's own server
 
+# ---- Images in prompts.
+image_bytes_max = 8 * MIB  # of a file
+image_pixels_max = 16 * MIB  # 4096 x 4096, by its header: decoded they take three bytes each, and several times at once
+image_sides_ratio_max = 200  # the longer one by the shorter one, as Qwen's own processor has it
+image_tokens_max = 16384  # those of so many pixels, at 32 x 32 a token
+images_max = 1024  # of one request
+
 # ---- Sampling.
 num_samples_max = 1024  # samples of one asample request
 stop_sequences_max = 64

@@ -19,6 +19,8 @@ ELSEWHERE = {
         "gateway/openai/state.py": "_LANGUAGES_MAX",
         "gateway/peers.py": "_KNOWN_MAX",
         "gateway/result_reader.py": "_RUNS_MAX",
+        "knapper/engine/images/reader.py": "_READ_MAX",
+        "knapper/engine/images/tower.py": "FEATURES_BYTES_MAX",
         "knapper/engine/sampling/sampler.py": "_ADAPTER_BYTES_MAX",
         "gateway/console/history.py": "_RUNS_MAX",
         "gateway/console/job_steps.py": "_JOBS_MAX",

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from knapper import limits
+from knapper.engine.images.placed import expect_none
 from knapper.engine.models.config import Facts
 from knapper.engine.sampling import validation
 from knapper.engine.sampling.next_tokens import NonFiniteLogits
@@ -117,6 +118,7 @@ class VllmSampler:
 
     def _check(self, request: SampleRequest) -> None:
         validation.check(request, self._facts)
+        expect_none(request.images, "prompt")
         low, high = TEMPERATURES
         if request.params.temperature != 0 and not low <= request.params.temperature <= high:
             allowed = f"0 to {limits.greedy_temperature_max:g} (greedy), or {low:g} to {high:g} with the vLLM sampler"

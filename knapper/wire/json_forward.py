@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from knapper import limits
 from knapper.errors import TooLarge
+from knapper.wire import prompts
 from knapper.wire.fields import Id, RequestBody, Seq, Text
 from knapper.wire.json import decode
 from knapper.wire.json_tensors import TensorData
@@ -33,6 +34,7 @@ class ForwardBackwardInput(RequestBody, frozen=True, kw_only=True):
             raise TooLarge(
                 f"{field}.data has {len(self.data)} datums; allowed: {limits.datums_per_request_max}; send fewer a call"
             )
+        prompts.expect_few(sum(datum.model_input.images for datum in self.data))
         return ForwardBackward(
             run=run,
             seq=seq,
@@ -78,9 +80,11 @@ def decode_forward(body: bytes) -> ForwardBackward:
 
 
 def _datum(datum: JsonDatum, field: str) -> Datum:
+    whole = datum.model_input.whole(f"{field}.model_input")
     return Datum(
-        tokens=datum.model_input.tokens(f"{field}.model_input"),
+        tokens=whole.tokens,
         inputs={name: tensor.array(f"{field}.loss_fn_inputs.{name}") for name, tensor in datum.loss_fn_inputs.items()},
+        images=tuple(whole.images),
     )
 
 

@@ -11,13 +11,14 @@ import numpy as np
 
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
-from knapper.wire import descriptor, scan, tensors
+from knapper.wire import descriptor, prompts, scan, tensors
+from knapper.wire.prompts import Prompt
 from knapper.wire.types import (
     Cells,
     Datum,
     ForwardBackward,
     ForwardBackwardOutput,
-    Int32,
+    Image,
     PromptDraws,
     SampleOutput,
     TopK,
@@ -38,6 +39,9 @@ def decode_forward_backward(body: bytes) -> ForwardBackward:
         raise TooLarge(
             f"data has {len(request.data)} datums; allowed: {limits.datums_per_request_max}; send fewer a call"
         )
+    prompts.expect_few(
+        sum(chunk.WhichOneof("chunk") == "image" for datum in request.data for chunk in datum.model_input)
+    )
     config: dict[str, float | str] = {}
     for key, value in request.loss_fn_config_v2.items():
         arm = value.WhichOneof("value")
@@ -60,7 +64,11 @@ def check_forward_backward(body: bytes) -> tuple[str, int, int]:
     `tokens`: exact if the request can be decoded.
     """
     request = _parse_request(body)
-    tokens = sum(len(chunk.encoded_text.tokens) // 4 for datum in request.data for chunk in datum.model_input)
+    tokens = sum(
+        len(chunk.encoded_text.tokens) // 4 or max(0, chunk.image.expected_tokens)
+        for datum in request.data
+        for chunk in datum.model_input
+    )
     return request.model_id, request.seq_id, tokens
 
 
@@ -84,28 +92,40 @@ def _parse_request(body: bytes) -> Any:
 
 
 def _decode_datum(datum: Any, field: str) -> Datum:
-    chunks: list[Int32] = []
-    for j, chunk in enumerate(datum.model_input):
-        kind = chunk.WhichOneof("chunk")
-        if kind != "encoded_text":
-            raise InvalidField(
-                f"{field}.model_input.chunks[{j}]", kind, "encoded_text", "This model is text only: send token ids"
-            )  # fmt: skip
-        data = chunk.encoded_text.tokens
-        if len(data) % 4:
-            raise InvalidField(f"{field}.model_input.chunks[{j}].tokens: length in bytes", len(data), "a multiple of 4")
-        chunks.append(np.frombuffer(data, dtype="<i4").astype(np.int32))
+    whole = _decode_prompt(datum.model_input, f"{field}.model_input")
     if len(datum.loss_fn_inputs) > limits.loss_inputs_max:
         raise TooLarge(
             f"{field}.loss_fn_inputs has {len(datum.loss_fn_inputs)} arrays; allowed: {limits.loss_inputs_max}"
         )
     return Datum(
-        tokens=np.concatenate(chunks) if chunks else np.zeros(0, np.int32),
+        tokens=whole.tokens,
         inputs={
             name: tensors.decode(tensor, f"{field}.loss_fn_inputs.{name}")
             for name, tensor in datum.loss_fn_inputs.items()
         },
+        images=tuple(whole.images),
     )
+
+
+def _decode_prompt(chunks: Any, field: str) -> Prompt:
+    whole = Prompt(field)
+    for j, chunk in enumerate(chunks):
+        kind = chunk.WhichOneof("chunk")
+        if kind == "encoded_text":
+            data = chunk.encoded_text.tokens
+            if len(data) % 4:
+                raise InvalidField(f"{field}.chunks[{j}].tokens: length in bytes", len(data), "a multiple of 4")
+            whole.add_text(np.frombuffer(data, dtype="<i4").astype(np.int32))
+        elif kind == "image":
+            image = chunk.image
+            if image.HasField("override_dimensions"):
+                allowed = "none: an image is read in its own size"
+                raise InvalidField(f"{field}.chunks[{j}].override_dimensions", "given", allowed)
+            expected = image.expected_tokens if image.HasField("expected_tokens") else None
+            whole.add_image(j, image.data, image.format, expected)
+        else:
+            raise prompts.refused(field, j, kind)
+    return whole
 
 
 def encode_forward_backward(request: ForwardBackward) -> bytes:
@@ -120,7 +140,12 @@ def encode_forward_backward(request: ForwardBackward) -> bytes:
             message.loss_fn_config_v2[key].number = value
     for datum in request.data:
         encoded = message.data.add()
-        encoded.model_input.add().encoded_text.tokens = tensors.little_endian(datum.tokens.astype(np.int32))
+        for part in prompts.cut(datum.tokens.astype(np.int32), datum.images):
+            chunk = encoded.model_input.add()
+            if isinstance(part, Image):
+                chunk.image.data, chunk.image.format, chunk.image.expected_tokens = part.data, part.format, part.tokens
+            else:
+                chunk.encoded_text.tokens = tensors.little_endian(part)
         for name, array in datum.inputs.items():
             tensors.encode(encoded.loss_fn_inputs[name], array)
     return _serialize(message)

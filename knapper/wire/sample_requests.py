@@ -11,10 +11,11 @@ from msgspec import UNSET, Meta, UnsetType
 
 from knapper import limits
 from knapper.errors import InvalidField
-from knapper.wire import types
+from knapper.wire import prompts, types
 from knapper.wire.fields import Id, Number, Path, RequestBody, Seed, Token, encode
 from knapper.wire.json import decode
 from knapper.wire.json_tensors import TensorData
+from knapper.wire.prompts import Prompt
 
 __all__ = [
     "AsampleBody",
@@ -42,11 +43,11 @@ class JoinSamplingSession(RequestBody, frozen=True, kw_only=True):
 
 
 class Chunk(RequestBody, frozen=True, kw_only=True):
-    """A chunk of a prompt. Types other than encoded_text are parsed, to be refused by name."""
+    """A chunk of a prompt. Types other than encoded_text and image are parsed, to be refused by name."""
 
     type: Literal["encoded_text", "image", "image_asset_pointer", "dmel"] = "encoded_text"
     tokens: list[Token] | UnsetType = UNSET
-    data: str | UnsetType = UNSET
+    data: bytes | UnsetType = UNSET
     format: str | UnsetType = UNSET
     expected_tokens: int | UnsetType | None = UNSET
     location: str | UnsetType = UNSET
@@ -56,17 +57,23 @@ class Chunk(RequestBody, frozen=True, kw_only=True):
 class PromptBody(RequestBody, frozen=True, kw_only=True):
     chunks: Annotated[list[Chunk], Meta(max_length=limits.datum_parts_max)]
 
-    def tokens(self, field: str = "prompt") -> types.Int32:
-        """The concatenated chunks, int32 (P). Raises InvalidField for a chunk that is not text, or an empty prompt."""
+    @property
+    def images(self) -> int:
+        return sum(chunk.type == "image" for chunk in self.chunks)
+
+    def whole(self, field: str = "prompt") -> Prompt:
+        """The chunks as one. Raises InvalidField for one that is neither text nor image, or an empty prompt."""
+        whole = Prompt(field)
         for i, chunk in enumerate(self.chunks):
-            if chunk.type != "encoded_text" or chunk.tokens is UNSET:
-                raise InvalidField(
-                    f"{field}.chunks[{i}]", chunk.type, "encoded_text with tokens", "This model is text only: send ids"
-                )  # fmt: skip
-        whole = [np.array(chunk.tokens, dtype=np.int32) for chunk in self.chunks if chunk.tokens]
-        if not whole:
+            if chunk.type == "encoded_text" and chunk.tokens is not UNSET:
+                whole.add_text(np.array(chunk.tokens, dtype=np.int32))
+            elif chunk.type == "image" and chunk.data is not UNSET:
+                whole.add_image(i, chunk.data, chunk.format or "", chunk.expected_tokens or None)
+            else:
+                raise prompts.refused(field, i, chunk.type)
+        if not len(whole.tokens):
             raise InvalidField(field, "empty", "at least one token")
-        return np.concatenate(whole)
+        return whole
 
 
 class SamplingParamsBody(RequestBody, frozen=True, kw_only=True):
@@ -134,10 +141,13 @@ class AsampleBody(RequestBody, frozen=True, kw_only=True):
         if self.target_prompt_logprobs is not None:
             self.target_prompt_logprobs.cells("target_prompt_logprobs")  # check it before it is queued
         params = self.sampling_params.params()
+        prompts.expect_few(self.prompt.images)
+        prompt = self.prompt.whole()
         return SampleCall(
             base_model=base_model,
             adapter=adapter,
-            prompt=self.prompt.tokens().tolist(),
+            prompt=prompt.tokens.tolist(),
+            images=prompt.images or UNSET,
             params=params,
             seed=seed if params.seed is None else params.seed,
             num_samples=self.num_samples,
@@ -181,6 +191,7 @@ class SampleCall(RequestBody, frozen=True, kw_only=True):
     target_prompt_logprobs: TensorData | None = None
     prompt_alt_tokens_k: TopK = 0
     prompt_logprobs_last_n: LastN | None = None
+    images: list[types.Image] | UnsetType = UNSET  # not sent where there is none
     stream: bool = False  # respond with the frames of knapper.wire.progress
     grammar: Annotated[str, Meta(max_length=limits.grammar_bytes_max)] | UnsetType = (
         UNSET  # not sent where there is none
@@ -203,4 +214,5 @@ class SampleCall(RequestBody, frozen=True, kw_only=True):
             prompt_logprobs_last_n=self.prompt_logprobs_last_n,
             tenant=tenant,
             grammar=self.grammar or "",
+            images=tuple(self.images or ()),
         )

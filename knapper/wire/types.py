@@ -17,11 +17,26 @@ Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class Image:
+    """An image in a sequence, a file of `format`. It stands for `tokens` positions from `at` on, where the id is 0.
+
+    `chunk`: its number among the chunks that were sent, for error messages.
+    """
+
+    at: int
+    tokens: int
+    chunk: int
+    format: str
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Datum:
     """`tokens` int32 (T). `inputs`: dense arrays by name, int64 or float32, in the shape of the request."""
 
     tokens: Int32
     inputs: dict[str, NDArray[Any]]
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,7 @@ class SampleRequest:
     prompt_logprobs_last_n: int | None = None  # of prompt_logprobs and topk_prompt_logprobs; None: all
     tenant: str = ""  # for fair sharing; has no effect on the result
     grammar: str = ""  # that the samples follow, as knapper.wire.grammars makes it; empty: none
+    images: tuple[Image, ...] = ()  # of the prompt, in order
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ COMPOSITE: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         },
         {
             "vision_config": {
-                **_QWEN, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+                **_QWEN, "depth": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0, 1],
+                "num_position_embeddings": 16,
             },
             **_IMAGE_TOKENS,
         },

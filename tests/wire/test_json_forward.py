@@ -1,5 +1,6 @@
 """The JSON forms of older SDKs, against the SDK's own models of them, and against the protobuf forms."""
 
+import base64
 import json
 from typing import Any
 
@@ -19,6 +20,7 @@ from knapper.wire.types import (
     Cells,
     ForwardBackward,
     ForwardBackwardOutput,
+    Image,
     PromptDraws,
     SampledSequence,
     SampleOutput,
@@ -126,11 +128,23 @@ def test_datums_of_a_request_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> No
         json_forward.decode_forward_backward(as_json([datum([1])] * 3))
 
 
-def test_an_image_is_refused_with_its_place() -> None:
-    sent = {"model_input": {"chunks": [{"type": "image", "data": "", "format": "png"}]}, "loss_fn_inputs": {}}
+def test_a_pointer_to_an_image_is_refused_with_its_place() -> None:
+    pointer = {"type": "image_asset_pointer", "location": "http://x/y.png", "format": "png"}
+    sent = {"model_input": {"chunks": [pointer]}, "loss_fn_inputs": {}}
     body = json.dumps({"forward_input": {"data": [sent], "loss_fn": "ppo"}, "model_id": RUN, "seq_id": 1}).encode()
-    with pytest.raises(UserError, match=r"forward_input.data\[0\].model_input.chunks\[0\] is 'image'"):
+    with pytest.raises(UserError, match=r"data\[0\].model_input.chunks\[0\] is 'image_asset_pointer'.*fetches nothing"):
         json_forward.decode_forward(body)
+
+
+def test_an_image_in_json_is_stored_as_protobuf_has_it() -> None:
+    text = {"type": "encoded_text", "tokens": [5, 6]}
+    image = {"type": "image", "data": base64.b64encode(b"png").decode(), "format": "png", "expected_tokens": 2}
+    sent = {"model_input": {"chunks": [text, image]}, "loss_fn_inputs": {}}
+    body = json.dumps({"forward_input": {"data": [sent], "loss_fn": "ppo"}, "model_id": RUN, "seq_id": 1}).encode()
+    decoded = json_forward.decode_forward(body)
+    (datum,) = proto.decode_forward_backward(proto.encode_forward_backward(decoded)).data
+    assert datum.tokens.tolist() == [5, 6, 0, 0]
+    assert datum.images == decoded.data[0].images == (Image(2, 2, 1, "png", b"png"),)
 
 
 def test_outputs_in_json_are_read_as_those_in_protobuf() -> None:

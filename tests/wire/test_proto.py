@@ -20,12 +20,13 @@ from tinker.proto import tinker_public_pb2 as sdk_pb
 import knapper.wire.descriptor
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
-from knapper.wire import proto, scan
+from knapper.wire import descriptor, proto, scan
 from knapper.wire.types import (
     Cells,
     Datum,
     ForwardBackward,
     ForwardBackwardOutput,
+    Image,
     PromptDraws,
     SampledSequence,
     SampleOutput,
@@ -242,11 +243,39 @@ def test_a_flood_of_tiny_objects_is_refused_before_it_is_parsed() -> None:
         scan.bound(b"\x1a" + varint + inner)
 
 
-def test_images_are_refused_since_the_model_is_text_only() -> None:
-    chunk = sdk.ImageChunk(data=b"png", format="png", expected_tokens=4)
-    datum = tinker.Datum(model_input=tinker.ModelInput(chunks=[chunk]), loss_fn_inputs={})
-    with pytest.raises(InvalidField, match=r"data\[0\].model_input.chunks\[0\] is 'image'.*text only"):
+def test_images_have_their_places_and_come_through_as_they_are() -> None:
+    texts = [sdk.EncodedTextChunk(tokens=[5, 6]), sdk.EncodedTextChunk(tokens=[7])]
+    image = sdk.ImageChunk(data=b"png", format="png", expected_tokens=4)
+    datum = tinker.Datum(model_input=tinker.ModelInput(chunks=[texts[0], image, texts[1], image]), loss_fn_inputs={})
+    body = sdk_request([datum])
+    assert proto.check_forward_backward(body)[2] == 2 + 4 + 1 + 4
+    (decoded,) = proto.decode_forward_backward(body).data
+    assert decoded.tokens.tolist() == [5, 6, 0, 0, 0, 0, 7, 0, 0, 0, 0]
+    assert decoded.images == (Image(2, 4, 1, "png", b"png"), Image(7, 4, 3, "png", b"png"))
+    again = proto.encode_forward_backward(proto.decode_forward_backward(body))
+    assert proto.decode_forward_backward(again).data[0].images == decoded.images
+
+
+@pytest.mark.parametrize("expected", [None, 0, limits.image_tokens_max + 1])
+def test_an_image_says_its_tokens(expected: int | None) -> None:
+    image = sdk.ImageChunk(data=b"png", format="png", expected_tokens=expected)
+    datum = tinker.Datum(model_input=tinker.ModelInput(chunks=[image]), loss_fn_inputs={})
+    with pytest.raises(InvalidField, match=r"data\[0\].model_input.chunks\[0\].expected_tokens is .*1 to 16384"):
         proto.decode_forward_backward(sdk_request([datum]))
+
+
+def test_a_request_has_so_many_images_and_no_other_size() -> None:
+    image = sdk.ImageChunk(data=b"png", format="png", expected_tokens=1)
+    chunks: list[sdk.ModelInputChunk] = [image] * (limits.images_max + 1)
+    with pytest.raises(TooLarge, match=f"{len(chunks)} images; allowed: {limits.images_max}"):
+        proto.decode_forward_backward(
+            sdk_request([tinker.Datum(model_input=tinker.ModelInput(chunks=chunks), loss_fn_inputs={})])
+        )
+    message = descriptor.ForwardBackwardRequest(model_id="m", seq_id=1)
+    sized = message.data.add().model_input.add().image
+    sized.override_dimensions.width = 9
+    with pytest.raises(InvalidField, match=r"chunks\[0\].override_dimensions"):
+        proto.decode_forward_backward(message.SerializeToString())
 
 
 def test_unknown_fields_are_refused_wherever_they_stand() -> None:

@@ -234,7 +234,16 @@ def test_every_form_of_stop_is_understood(stop: Any, expected: types.SamplingPar
         ({"num_samples": 1025}, "num_samples is 1025"),
         ({"topk_prompt_logprobs": 65}, "topk_prompt_logprobs is 65"),
         ({"prompt": {"chunks": []}}, "prompt is 'empty'"),
-        ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "prompt.chunks[0] is 'image'"),
+        ({"prompt": {"chunks": [{"type": "image", "format": "png"}]}}, "prompt.chunks[0] is 'image'; allowed"),
+        (
+            {"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}},
+            "prompt.chunks[0].expected_tokens is None",
+        ),
+        (
+            {"prompt": {"chunks": [{"type": "image_asset_pointer", "location": "/etc/x.png", "format": "png"}]}},
+            "Send the image's bytes: this server fetches nothing that a request names",
+        ),
+        ({"prompt": {"chunks": [{"type": "dmel", "dmel": ""}]}}, "No model of audio is served"),
         ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": [-1]}]}}, "prompt.chunks[0].tokens[0] is -1"),
         ({"target_prompt_logprobs": {"data": [], "dtype": "int64"}}, "target_prompt_logprobs.shape is None"),
         ({"target_prompt_logprobs": targets(dtype="float32")}, "target_prompt_logprobs.dtype is 'float32'"),

@@ -72,9 +72,22 @@ def _yarn_scaled(wave: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
     return 1.0 / (scaling.factor * wave) * (1 - kept) + 1.0 / wave * kept
 
 
-def cos_sin(positions_N: Tensor, frequencies_W: Tensor, rope: Rope) -> CosSin:
-    """Cosines and sines of the rows' angles, times the amplitude."""
-    angles = positions_N[:, None].float() * frequencies_W
+def pair_axes(sections: tuple[int, int, int], device: torch.device) -> Tensor:
+    """int64 (W/2): the axis of positions by which each pair turns: 0 time, 1 height, 2 width.
+
+    The axes take turns, so that each has high and low frequencies; a section says how many pairs its axis has. Source:
+    transformers' `Qwen3VLTextRotaryEmbedding.recomposition_frequencies`.
+    """
+    axes = torch.zeros(sum(sections), dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes.to(device)
+
+
+def cos_sin(positions_N: Tensor, frequencies_W: Tensor, rope: Rope, axes_W: Tensor | None = None) -> CosSin:
+    """Cosines and sines of the rows' angles, times the amplitude. Of positions (N, 3) each pair takes its axis'."""
+    positions_NW = positions_N[:, None] if positions_N.dim() == 1 else positions_N[:, axes_W]
+    angles = positions_NW.float() * frequencies_W
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return (cos, sin) if rope.amplitude == 1.0 else (cos * rope.amplitude, sin * rope.amplitude)
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knapper.engine.images.placed import PlacedImage
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.head import HeadLora
 from knapper.engine.layers.layerwise import LayerSegment
@@ -19,6 +20,7 @@ from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import ComputedBy, Facts
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt
 from knapper.engine.training.prefix_sharing import Prefixes
+from knapper.wire.types import Image
 
 SlotT = TypeVar("SlotT", bound=Hashable)
 
@@ -93,7 +95,7 @@ class Model(Protocol):
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the base weights on the device."""
+        """Bytes of the base weights on the device; with those of images what may be kept of images."""
         ...
 
     @property
@@ -104,6 +106,12 @@ class Model(Protocol):
     @property
     def context_positions(self) -> int:
         """Positions of a sequence that fills the context."""
+        ...
+
+    def placed(self, images: Sequence[Image], where: str) -> tuple[PlacedImage, ...]:
+        """A prompt's images, read and found right; on any thread. Raises InvalidField or TooLarge, which name `where`;
+        a model of text refuses them all.
+        """
         ...
 
     def layer_segments(

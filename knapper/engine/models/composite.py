@@ -11,6 +11,7 @@ from typing import Any, Final
 from knapper.engine.models.fields import Raw
 from knapper.errors import UserError
 
+PREPROCESSOR: Final = "preprocessor_config.json"
 BODY: Final = "model.language_model"  # the decoder's place in transformers' model of a composite
 
 # How files name the decoder's tensors: in transformers' present order, and in the older one that most have.
@@ -41,6 +42,7 @@ class Composite:
 
     `texts`: the architecture, by the `model_type` that text_config has, or None where it is silent. `silent`: what a
     text_config means by the fields that it lacks. `flat`: a config.json without text_config has its fields itself.
+    `images`: knapper.engine.images computes what the checkpoint has for images.
     """
 
     model_type: str
@@ -48,6 +50,25 @@ class Composite:
     texts: Mapping[str | None, str]
     silent: Raw = field(default_factory=dict)
     flat: bool = False
+    images: bool = False
+
+    def axes(self, raw: Raw, directory: Path) -> tuple[int, int, int] | None:
+        """How many rotary pairs turn by the time, height and width of a row's position; None if images are not served:
+        the text part alone, or a checkpoint without what cuts images into patches.
+        """
+        sees = self.images and isinstance(raw.get("vision_config"), Mapping) and (directory / PREPROCESSOR).is_file()
+        if not sees:
+            return None
+        text = raw["text_config"]
+        stated = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        sections = stated.get("mrope_section", [24, 20, 20])
+        whole = isinstance(sections, list) and len(sections) == 3 and all(type(each) is int for each in sections)
+        if not whole or 2 * sum(sections) != text.get("head_dim", 128) or min(sections) < 0:
+            raise UnsupportedText(
+                f"{directory}/config.json: mrope_section is {sections!r}; expected three numbers, the half of head_dim "
+                "together"
+            )
+        return sections[0], sections[1], sections[2]
 
     def text(self, raw: Raw, directory: Path) -> dict[str, Any]:
         """The config.json of the text part alone. Raises UnsupportedText for one that is missing or of another kind."""
@@ -72,6 +93,14 @@ def _plain(rope: object) -> object:
     if not isinstance(rope, Mapping):
         return rope
     return {name: value for name, value in rope.items() if value != "mrope"}
+
+
+def vision_name(stored: str) -> str | None:
+    """The name that a tensor has in the vision tower of Qwen3-VL; None for one of another part."""
+    for prefix in ("model.visual.", "visual."):
+        if stored.startswith(prefix):
+            return stored.removeprefix(prefix)
+    return None
 
 
 def text_name(stored: str) -> str | None:

@@ -92,8 +92,9 @@ class ModelConfig:
     `embedding_scale` multiplies embeddings, `logits_scale` logits; `logits_cap`: l becomes cap tanh(l / cap).
     `body`: the decoder's place in transformers' model; `final_norm`: the last norm's, in a model of text alone.
     `extra_layers`: that the file may have behind these, to predict further tokens; they are left out. `unread`: so is
-    what a layer's tensors begin with. `packing`: how
-    the files have weights in few bits; None: they have none.
+    what a layer's tensors begin with. `packing`: how the files have weights in few bits; None: they have none.
+    `image_axes`: how many rotary pairs turn by the time, height and width of a row's position, if prompts may have
+    images.
     """
 
     model_type: str
@@ -113,6 +114,7 @@ class ModelConfig:
     extra_layers: int = 0
     unread: tuple[str, ...] = ()
     packing: Packing | None = None
+    image_axes: tuple[int, int, int] | None = None
 
     @cached_property
     def lora_targets(self) -> tuple[LoraTarget, ...]:
@@ -180,7 +182,8 @@ class ModelConfig:
         if (composite := composite_of(raw)) is None:
             return cls._of(raw, directory)
         try:
-            return replace(cls._of(composite.text(raw, directory), directory), body=BODY)
+            text = cls._of(composite.text(raw, directory), directory)
+            return replace(text, body=BODY, image_axes=composite.axes(raw, directory))
         except UnsupportedModel as error:
             raise UnsupportedText(f"text_config, of a model of type {composite.model_type}: {error}") from error
 
@@ -231,6 +234,13 @@ def composite_of(raw: Raw) -> Composite | None:
 
 def is_composite(directory: Path) -> bool:
     return composite_of(read_json(directory / "config.json") or {}) is not None
+
+
+def serves_images(directory: Path) -> bool:
+    """Whether prompts may have images, as far as the configuration tells. Raises UserError for a broken one."""
+    raw = read_json(directory / "config.json") or {}
+    composite = composite_of(raw)
+    return composite is not None and composite.axes(raw, directory) is not None
 
 
 def computed_by(directory: Path) -> ComputedBy:

@@ -41,7 +41,7 @@ class NativeDecodeState:
         return self._cache.positions(length)
 
     def add(self, past: Past, length: int) -> Slot:
-        return self._cache.add(past.kv, length, past.states.get(length, ()))
+        return self._cache.add(past.kv, length, past.states.get(length, ()), past.shift)
 
     def remove(self, slot: Slot) -> None:
         self._cache.remove(slot)

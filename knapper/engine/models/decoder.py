@@ -1,12 +1,13 @@
 """The native decoder: one pass of the layers over packed rows, for training, prefill and decoding alike.
 
 They differ in two arguments: how rows attend (`Attend`) and which adapters they use (`Adapt`). What a layer computes
-is in `blocks`. N rows, H hidden size, V vocabulary.
+is in `blocks`. Rows of images have features in place of embeddings, and more of them added after the first layers
+(DeepStack, arXiv 2406.04334). N rows, M of images among them, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knapper.engine.images import placed
+from knapper.engine.images.placed import PlacedImage
 from knapper.engine.layers import checkpointing, rope
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.attention import (
@@ -36,6 +39,12 @@ from knapper.engine.models.weights import Weights
 from knapper.engine.sampling.kv_cache import Cache, bytes_per_token, context_positions, state_positions
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.engine.transfer import to_device
+from knapper.wire.types import Image
+
+if TYPE_CHECKING:
+    from knapper.engine.images.tower import VisionTower
+
+PlacedImages = Sequence[tuple[int, PlacedImage]]  # with the first row that each has in the pass
 
 __all__ = ["Decoder", "Segment"]
 
@@ -45,7 +54,8 @@ class Decoder:
 
     computed_by: Final[ComputedBy] = "native"
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, tower: "VisionTower | None" = None) -> None:
+        """`tower`: computes images; None: prompts have none."""
         self.config = config
         self.architecture = config.model_type
         self.versions: tuple[str, ...] = ()
@@ -56,12 +66,14 @@ class Decoder:
         ropes = {mixer.rope for mixer in config.attention if mixer.rope is not None}
         self._frequencies = {each: rope.frequencies(each, self.device) for each in ropes}
         scale = torch.tensor(config.embedding_scale, dtype=self.dtype)  # rounded as Gemma's own code rounds it
+        self._tower, axes = tower, config.image_axes
+        self._pair_axes = None if axes is None else rope.pair_axes(axes, self.device)
         self._embedding_scale = None if config.embedding_scale == 1.0 else float(scale)
         self.passes = checkpointing.on_cpu(config, weights.nbytes)  # of a GPU the account of memory says it
 
     @property
     def weights_bytes(self) -> int:
-        return self.weights.nbytes
+        return self.weights.nbytes + (0 if self._tower is None else self._tower.nbytes)
 
     @property
     def bytes_per_token(self) -> int:
@@ -70,6 +82,12 @@ class Decoder:
     @property
     def context_positions(self) -> int:
         return context_positions(self.config) + state_positions(self.config, self.attention_dtype)
+
+    def placed(self, images: Sequence[Image], where: str) -> tuple[PlacedImage, ...]:
+        if self._tower is None:
+            placed.expect_none(images, where)
+            return ()
+        return self._tower.placed(images, where)
 
     def hidden(self, tokens_N: Tensor, lengths: Sequence[int], segments: Sequence[Segment]) -> Tensor:
         """Rows (N, H) after the final norm, for sequences packed one after another, each from position 0.
@@ -94,23 +112,37 @@ class Decoder:
             segments.append(Segment(start, start + count, lora))
         return self._layer_segments(
             on_device([group.tokens_U for group in groups]),
-            on_device([group.positions_U for group in groups]),
+            to_device(placed.joined([group.positions_U for group in groups]), self.device),
             prefix_attention(groups, self.device),
             Segments(segments),
-        )
+            [(segment.start + row, image) for segment, group in zip(segments, groups, strict=True)
+             for row, image in group.images],
+        )  # fmt: skip
 
     def target_logprobs(
         self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
     ) -> Tensor:
         return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N, self.config.logits_cap)
 
-    def hidden_with(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]) -> Tensor:
-        """`hidden`, for rows with another attention than packed sequences."""
-        return self._pass(tokens_N, positions_N, attend, Segments(segments))
+    def hidden_with(
+        self,
+        tokens_N: Tensor,
+        positions_N: Tensor,
+        attend: Attend,
+        segments: Sequence[Segment],
+        images: PlacedImages = (),
+    ) -> Tensor:
+        """`hidden`, for rows with another attention than packed sequences. Positions are (N), or (N, 3) of images."""
+        return self._pass(tokens_N, positions_N, attend, Segments(segments), images)
 
     @torch.inference_mode()
     def hidden_and_kv(
-        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, segments: Sequence[Segment]
+        self,
+        tokens_N: Tensor,
+        positions_N: Tensor,
+        attend: Attend,
+        segments: Sequence[Segment],
+        images: PlacedImages = (),
     ) -> tuple[Tensor, Tensor, list[list[Stops]]]:
         """`hidden_with`; the rows' keys and values: (layers, 2, N, key/value heads, head_dim); by layer with a
         recurrence, the states of each sequence.
@@ -119,7 +151,7 @@ class Decoder:
         shape = (layers, 2, len(tokens_N), kv_heads, head_dim)
         kv = torch.empty(shape, dtype=self.attention_dtype, device=self.device)
         recorded = RecordedAttention(attend, kv)
-        return self.hidden_with(tokens_N, positions_N, recorded, segments), kv, recorded.states
+        return self.hidden_with(tokens_N, positions_N, recorded, segments, images), kv, recorded.states
 
     def reusable(self, past: Past, tokens: int) -> int:
         return past.reusable(tokens)
@@ -141,34 +173,51 @@ class Decoder:
         The sequences are one token longer afterwards.
         """
         attend = cache.extend()
-        return self._pass(tokens_N, attend.positions_N, attend, adapt)
+        return self._pass(tokens_N, cache.shifted(attend.positions_N), attend, adapt)
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V), with the adapters' part of the head where they have one."""
         (logits_NV,) = adapt((HEAD,), hidden_NH, self.weights.head)
         return capped_(logits_NV.float(), self.config.logits_cap)
 
-    def _pass(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt) -> Tensor:
-        x_NH, segments = self._layer_segments(tokens_N, positions_N, attend, adapt)
+    def _pass(
+        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt, images: PlacedImages = ()
+    ) -> Tensor:
+        x_NH, segments = self._layer_segments(tokens_N, positions_N, attend, adapt, images)
         for segment in segments:
             x_NH = segment(x_NH)
         return x_NH
 
     def _layer_segments(
-        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt
+        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt, images: PlacedImages
     ) -> tuple[Tensor, list[LayerSegment]]:
         """The embedded rows, and the segments: each layer, then the final norm."""
         rows = tokens_N.shape[0]
         assert rows == positions_N.shape[0], f"{rows} tokens for {positions_N.shape[0]} positions"
         x_NH = self._embedded(tokens_N)
-        cos_sin = {each: rope.cos_sin(positions_N, table, each) for each, table in self._frequencies.items()}
+        cos_sin = {
+            each: rope.cos_sin(positions_N, table, each, self._pair_axes) for each, table in self._frequencies.items()
+        }
         pass_rows = PassRows(attend, adapt, self.attention_dtype, cos_sin)
         layers_saved = self.passes.layers_kept(rows)
+        computed = [partial(_layer, layer, pass_rows) for layer in self.weights.layers]
+        if images:
+            rows_M, features_FMH = self._features(images)
+            x_NH = x_NH.index_copy(0, rows_M, features_FMH[0])
+            for index, added_MH in enumerate(features_FMH[1:]):
+                computed[index] = partial(_layer_with, self.weights.layers[index], pass_rows, rows_M, added_MH)
         layers = [
-            partial(checkpointing.checkpointed, partial(_layer, layer, pass_rows), keep=index < layers_saved)
-            for index, layer in enumerate(self.weights.layers)
+            partial(checkpointing.checkpointed, layer, keep=index < layers_saved)
+            for index, layer in enumerate(computed)
         ]
         return x_NH, [*layers, self._for_head]
+
+    def _features(self, images: PlacedImages) -> tuple[Tensor, Tensor]:
+        """The rows (M) of all images, and their features (F, M, H): see `VisionTower.features`."""
+        assert self._tower is not None, "without a tower `placed` lets none in"
+        rows = [np.arange(row, row + image.tokens) for row, image in images]
+        features = [self._tower.features(image) for _, image in images]
+        return to_device(np.concatenate(rows), self.device), torch.cat(features, dim=1)
 
     def _embedded(self, tokens_N: Tensor) -> Tensor:
         x_NH = F.embedding(tokens_N, self.weights.embed)
@@ -182,6 +231,10 @@ class Decoder:
 
 def _layer(layer: LayerBlock, rows: PassRows, x_NH: Tensor) -> Tensor:
     return layer(x_NH, rows)
+
+
+def _layer_with(layer: LayerBlock, rows: PassRows, rows_M: Tensor, added_MH: Tensor, x_NH: Tensor) -> Tensor:
+    return layer(x_NH, rows).index_add(0, rows_M, added_MH)
 
 
 def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from knapper.engine.models.config import ModelConfig, bounded_context, computed_
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.recurrent import GatedDelta, Mamba2, ShortConvolution
+from knapper.engine.models.weight_files import vision_entries
 
 
 def expect_architecture(directory: Path) -> None:
@@ -51,7 +52,12 @@ def load(
         return model
     config = replace(config, context=bounded_context(config.context, context))
     exactness = exactness or Exactness()
-    decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness))
+    tower = None
+    if vision_entries(directory):
+        from knapper.engine.images.tower import VisionTower  # it imports transformers, as above
+
+        tower = VisionTower(directory, dtype, torch.device(device))
+    decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness), tower)
     if exactness.probes(decoder.device):
         for mixer in set(config.attention):
             sizes = mixer.heads, mixer.kv_heads, mixer.head_dim

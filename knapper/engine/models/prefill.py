@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knapper.engine.images import placed
+from knapper.engine.images.placed import PlacedImage
 from knapper.engine.layers.attention import Attend, ConcatenatedAttention, ContinuedAttention, prefix_attention
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Past:
     """What a prompt leaves: keys and values `kv` (layers, 2, T, G, D) and, in a model with recurrences, `states` by
-    number of tokens: each layer's after so many.
+    number of tokens: each layer's after so many. `shift`: what the position of a further token is beyond its number.
     """
 
     kv: Tensor
     states: Mapping[int, Sequence[State]] = field(default_factory=dict)
+    shift: int = 0
 
     def reusable(self, tokens: int) -> int:
         """How many of the first `tokens` tokens a prompt that begins with them need not compute."""
@@ -46,7 +49,7 @@ class Past:
 @dataclass(frozen=True, eq=False)
 class PrefillPrompt:
     """A prompt whose first `reused` tokens (not all) are the first tokens of `past`: an earlier prompt's
-    `Prefilled.past`.
+    `Prefilled.past`. `images`: of all its tokens, in order; none is reused in part.
 
     `drawn`: how many of the last tokens were drawn one by one while decoding. A model whose bits depend on that
     computes them so again.
@@ -57,6 +60,12 @@ class PrefillPrompt:
     past: Any = None
     reused: int = 0
     drawn: int = 0
+    images: tuple[PlacedImage, ...] = ()
+
+    @property
+    def content(self) -> tuple[int, int, bytes, bytes]:
+        """What its rows depend on, and which of them are wanted."""
+        return id(self.lora), self.reused, self.tokens_T.tobytes(), placed.digest(self.images)
 
 
 @dataclass(frozen=True)
@@ -81,14 +90,15 @@ class _Part:
     positions: NDArray[np.int64]
     attend: Attend
     past: Past | None  # of the reused positions
+    images: list[tuple[int, PlacedImage]]  # with the first row that each has among these
     prompts: list[tuple[int, NDArray[np.int64], int]]  # (number, its rows among these, rows computed for it)
 
 
 @torch.inference_mode()
 def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefilled]:
     """In the prompts' order. A prompt has the bits that it has alone, whatever it shares and reuses."""
-    first: dict[tuple[int, int, bytes], int] = {}
-    same = [first.setdefault((id(p.lora), p.reused, p.tokens_T.tobytes()), n) for n, p in enumerate(prompts)]
+    first: dict[tuple[int, int, bytes, bytes], int] = {}
+    same = [first.setdefault(prompt.content, n) for n, prompt in enumerate(prompts)]
     parts = _fresh(decoder, prompts, set(same)) + [
         _continued(n, prompts[n]) for n in sorted(set(same)) if prompts[n].reused
     ]
@@ -96,13 +106,11 @@ def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefil
     rows = [len(part.tokens) for part in parts]
     starts = np.cumsum([0, *rows]).tolist()
     segments = [Segment(start, start + n, part.lora) for start, n, part in zip(starts, rows, parts, strict=False)]
-    tokens_N, positions_N = (
-        to_device(np.concatenate(arrays), decoder.device)
-        for arrays in ([part.tokens for part in parts], [part.positions for part in parts])
-    )
-    hidden_NH, kv, states = decoder.hidden_and_kv(
-        tokens_N, positions_N, ConcatenatedAttention([part.attend for part in parts], rows), segments
-    )
+    tokens_N = to_device(np.concatenate([part.tokens for part in parts]), decoder.device)
+    positions_N = to_device(placed.joined([part.positions for part in parts]), decoder.device)
+    images = [(start + row, image) for start, part in zip(starts, parts, strict=False) for row, image in part.images]
+    attend = ConcatenatedAttention([part.attend for part in parts], rows)
+    hidden_NH, kv, states = decoder.hidden_and_kv(tokens_N, positions_N, attend, segments, images)
     by_number: dict[int, Prefilled] = {}
     sequences = iter(zip(*states, strict=True)) if states else itertools.repeat(())  # each layer's, in order
     for start, part in zip(starts, parts, strict=False):
@@ -110,7 +118,7 @@ def prefill(decoder: "Decoder", prompts: Sequence[PrefillPrompt]) -> list[Prefil
             index = to_device(start + rows_of, decoder.device)
             # Copies: a view would keep the pass of all prompts alive for as long as one sequence waits.
             kv_of = kv.index_select(2, index)
-            past = _joined(part.past, kv_of, next(sequences))
+            past = _joined(part.past, kv_of, next(sequences), placed.shift(prompts[number].images))
             by_number[number] = Prefilled(hidden_NH.index_select(0, index), past, computed)
     return [
         by_number[n] if n == number else Prefilled(by_number[n].rows, by_number[n].past, 0)
@@ -125,8 +133,9 @@ def _fresh(decoder: "Decoder", prompts: Sequence[PrefillPrompt], chosen: set[int
         prompt = prompts[number]
         if not prompt.reused:
             group, members = groups.setdefault(id(prompt.lora), (Prefixes(), []))
-            members.append((number, group.new_rows(prompt.tokens_T)))
-            group.add(prompt.tokens_T)
+            before = len(group)
+            group.add(prompt.tokens_T, prompt.images)
+            members.append((number, len(group) - before))
     parts = []
     for group, members in groups.values():
         rows_of_prompts = np.split(group.rows_N, np.cumsum(group.lengths)[:-1])
@@ -134,7 +143,8 @@ def _fresh(decoder: "Decoder", prompts: Sequence[PrefillPrompt], chosen: set[int
             (number, rows, computed) for (number, computed), rows in zip(members, rows_of_prompts, strict=True)
         ]
         attend = prefix_attention([group], decoder.device)
-        parts.append(_Part(prompts[members[0][0]].lora, group.tokens_U, group.positions_U, attend, None, of_prompts))
+        lora = prompts[members[0][0]].lora
+        parts.append(_Part(lora, group.tokens_U, group.positions_U, attend, None, group.images, of_prompts))
     return parts
 
 
@@ -143,12 +153,14 @@ def _continued(number: int, prompt: PrefillPrompt) -> _Part:
     tokens = prompt.tokens_T[prompt.reused :].astype(np.int64)
     of_prompt = [(number, np.arange(len(tokens)), len(tokens))]
     attend = ContinuedAttention(past.kv, past.states.get(prompt.reused, ()))
-    return _Part(prompt.lora, tokens, np.arange(prompt.reused, total), attend, past, of_prompt)
+    positions = placed.positions(total, prompt.images)[prompt.reused :]
+    images = [(image.at - prompt.reused, image) for image in prompt.images if image.at >= prompt.reused]
+    return _Part(prompt.lora, tokens, positions, attend, past, images, of_prompt)
 
 
-def _joined(before: Past | None, kv: Tensor, layers: Sequence[Stops]) -> Past:
+def _joined(before: Past | None, kv: Tensor, layers: Sequence[Stops], shift: int) -> Past:
     """`layers`: the sequence's states in each layer with a recurrence."""
     after = {stop: [layer[stop] for layer in layers] for stop in (layers[0] if layers else ())}
     if before is None:
-        return Past(kv, after)
-    return Past(torch.cat([before.kv, kv], dim=2), {**before.states, **after})
+        return Past(kv, after, shift)
+    return Past(torch.cat([before.kv, kv], dim=2), {**before.states, **after}, shift)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from knapper.engine.images.placed import PlacedImage, expect_none
 from knapper.engine.layers import head
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.head import HeadLora
@@ -31,6 +32,7 @@ from knapper.engine.models.config import HEAD, ComputedBy, LoraTarget
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt
 from knapper.engine.training.prefix_sharing import Prefixes
 from knapper.engine.transfer import to_device
+from knapper.wire.types import Image
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,10 @@ class TransformersModel:
     def bound_context(self, context: int) -> None:
         """Serve so many tokens of the context."""
         self.config, self.context_positions = replace(self.config, context=context), context
+
+    def placed(self, images: Sequence[Image], where: str) -> tuple[PlacedImage, ...]:
+        expect_none(images, where)
+        return ()
 
     def layer_segments(
         self, groups: Sequence[Prefixes], loras: Sequence[Lora | None]

@@ -12,8 +12,8 @@ from typing import Any, Final
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from knapper.engine.models.composite import text_name, usual_name
-from knapper.engine.models.config import ModelConfig, is_composite
+from knapper.engine.models.composite import text_name, usual_name, vision_name
+from knapper.engine.models.config import ModelConfig, is_composite, serves_images
 from knapper.engine.models.fields import UnsupportedModel
 from knapper.engine.models.linear_shape import Shape
 from knapper.engine.models.packed import PackedTensor, packed_of
@@ -84,11 +84,21 @@ def text_entries(directory: Path) -> dict[str, TensorHeader]:
     return found
 
 
+def vision_entries(directory: Path) -> dict[str, TensorHeader]:
+    """The tensors of the vision tower, by their names in it; empty where images are not served. Raises as `entries`."""
+    if not serves_images(directory):
+        return {}
+    named = ((vision_name(stored), header) for stored, header in entries(directory).items())
+    return {name: header for name, header in named if name is not None}
+
+
 def skipped_bytes(directory: Path) -> int:
-    """Bytes of the tensors that are no part of the language model. Raises NotFound, BrokenModel."""
+    """Bytes of the tensors that are not read. Raises NotFound, BrokenModel."""
     if not is_composite(directory):
         return 0
-    return sum(header.nbytes for stored, header in entries(directory).items() if text_name(stored) is None)
+    of_images = sum(header.nbytes for header in vision_entries(directory).values())
+    beside = sum(header.nbytes for stored, header in entries(directory).items() if text_name(stored) is None)
+    return beside - of_images
 
 
 def text_spans(path: Path) -> list[tuple[int, int]]:
@@ -178,7 +188,7 @@ def expect_promised(directory: Path, config: ModelConfig) -> dict[str, TensorHea
 
 
 def unpacked_bytes(directory: Path, number_bytes: int, *, kept_twice: bool) -> int:
-    """Bytes of the language model's weights in memory, `number_bytes` each, however few bits the files have of them.
+    """Bytes of the weights that are read, in memory: `number_bytes` each, however few bits the files have of them.
 
     `kept_twice`: on a CPU what was unpacked stays beside the layout that computes, for gradients; plain weights are
     mapped there. Raises as `text_entries` and `expect_promised`.
@@ -187,6 +197,7 @@ def unpacked_bytes(directory: Path, number_bytes: int, *, kept_twice: bool) -> i
         found: Iterable[TensorHeader | PackedTensor] = expect_promised(directory, ModelConfig.read(directory)).values()
     except UnsupportedModel:
         found = text_entries(directory).values()
+    found = [*found, *vision_entries(directory).values()]
     each = [(tensor.numbers, isinstance(tensor, PackedTensor)) for tensor in found]
     return sum(numbers * number_bytes * (2 if packed and kept_twice else 1) for numbers, packed in each)
 

@@ -56,13 +56,15 @@ def state_positions(config: ModelConfig, dtype: torch.dtype) -> int:
 @dataclass(eq=False)
 class Slot:
     """One sequence. `length` of its tokens have keys and values, in `pages`, in order. `folded`: the last whole chunk
-    of the delta rule that is in its memory ends there. `lost`: a failure left that half done.
+    of the delta rule that is in its memory ends there. `lost`: a failure left that half done. `shift`: what the
+    position of its next token is beyond `length`, as an image's tokens share positions.
     """
 
     length: int
     pages: list[int] = field(default_factory=list)
     folded: int = 0
     lost: bool = False
+    shift: int = 0
 
 
 class Cache:
@@ -100,9 +102,11 @@ class Cache:
         return whole_pages(length) + self._extra
 
     @torch.inference_mode()
-    def add(self, kv: Sequence[Sequence[Tensor]] | Tensor, length: int, states: Sequence[State] = ()) -> Slot:
+    def add(
+        self, kv: Sequence[Sequence[Tensor]] | Tensor, length: int, states: Sequence[State] = (), shift: int = 0
+    ) -> Slot:
         """A sequence whose first `length` tokens have the keys and values `kv`, by layer two of (length or more, G, D),
-        and left `states`, by layer without attention.
+        and left `states`, by layer without attention. `shift`: see `Slot`.
         """
         count = whole_pages(length) // PAGE
         self._grow(count, 1)
@@ -113,7 +117,7 @@ class Cache:
         for layer, state in enumerate(states):
             for place_of, part in zip(self.states.all_of(layer), state, strict=True):
                 place_of[place] = part
-        slot = Slot(length, folded=length)
+        slot = Slot(length, folded=length, shift=shift)
         self.rows.append(slot)
         self.states.used += 1
         self._take(slot, count)
@@ -173,6 +177,11 @@ class Cache:
         for slot in self.rows:
             slot.length += 1
         return Attention(self.pages, self.states, table)
+
+    def shifted(self, lengths_N: Tensor) -> Tensor:
+        """The positions of the sequences' next tokens, by their lengths."""
+        shifts = [slot.shift for slot in self.rows]
+        return lengths_N + to_device(shifts, self._device) if any(shifts) else lengths_N
 
     @staticmethod
     def roll_back(slot: Slot, length: int) -> bool:

@@ -132,15 +132,15 @@ def next_turns(
     turns: list[tuple[SequenceGroup, int]] = []
     skipped: list[SequenceGroup] = []
     slots, free, rows = capacity.slots, capacity.positions, 0
-    prompts: set[tuple[str, bytes]] = set()  # of this pass: each is computed once
+    prompts: set[tuple[str, bytes, bytes]] = set()  # of this pass: each is computed once
     for group in waiting:
         if not _may_decode_beside(group, [*capacity.decoding, *(other for other, _ in turns)]):
             skipped.append(group)
             continue
         if any(other.overtaken >= capacity.overtaken_max for other in skipped):
             break
-        if group.needs_prefill and (prompt := (group.request.adapter, group.request.prompt.tobytes())) not in prompts:
-            prompts.add(prompt)
+        if group.needs_prefill and group.prompt not in prompts:
+            prompts.add(group.prompt)
             rows += rows_of(group)
         if turns and (
             _need_own_pass(*(other for other, _ in turns), group) or rows > _ROWS_MAX or len(turns) == _GROUPS_MAX

@@ -1,7 +1,7 @@
 """The prompt log-probabilities that a request asks for, filled range by range as rows of logits are computed.
 
 P prompt tokens, N rows, V vocabulary, k alternatives, K targets a position. Row j scores token j + 1; token 0 has no
-score. Log-probabilities are untempered.
+score, nor has what stands for an image. Log-probabilities are untempered.
 """
 
 from dataclasses import replace
@@ -88,6 +88,8 @@ class PromptLogprobs:
         if self.logprobs is not None:
             following = to_device(self._request.prompt[positions].astype(np.int64), logprobs_NV.device)
             self.logprobs[positions] = logprobs_NV.gather(1, following[:, None])[:, 0].cpu().numpy()
+            for image in self._request.images:
+                self.logprobs[image.at : image.at + image.tokens] = np.nan
         if self.topk is not None:
             tokens, logprobs = alternatives(logprobs_NV, self._request.topk_prompt_logprobs)
             self.topk.tokens[positions], self.topk.logprobs[positions] = tokens.cpu().numpy(), logprobs.cpu().numpy()

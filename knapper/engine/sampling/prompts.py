@@ -59,7 +59,11 @@ class Prefiller:
         cached = [self._cached(group) for group in groups]
         prompts = [
             PrefillPrompt(
-                group.request.prompt, group.lora, None if prompt_cached is None else prompt_cached.past, reused
+                group.request.prompt,
+                group.lora,
+                None if prompt_cached is None else prompt_cached.past,
+                reused,
+                images=group.images,
             )
             for group, (prompt_cached, reused) in zip(groups, cached, strict=True)
             if reused < group.prompt_tokens
@@ -77,7 +81,9 @@ class Prefiller:
                 group.last_1H, past, rows_computed = prefilled.rows[-1:].clone(), prefilled.past, prefilled.computed
                 rows.append(prefilled.rows)
                 positions = self._model.kept_positions(past, group.prompt_tokens)
-                self._prefix_cache.add(group.request.adapter, group.request.prompt, past, group.last_1H, positions)
+                self._prefix_cache.add(
+                    group.request.adapter, group.request.prompt, past, group.last_1H, positions, group.images
+                )
             group.past = past if group.decodes else None
             group.past_positions = self._model.kept_positions(past, group.prompt_tokens)
             self._counters.prefilled_tokens += rows_computed
@@ -90,7 +96,10 @@ class Prefiller:
     def recompute(self, sequences: Sequence[RunningSequence]) -> list[Any]:
         """Recompute keys and values of parked sequences, all tokens but the last, in one pass."""
         prompts = [
-            PrefillPrompt(sequence.fed_T, sequence.group.lora, drawn=len(sequence.tokens) - 1) for sequence in sequences
+            PrefillPrompt(
+                sequence.fed_T, sequence.group.lora, drawn=len(sequence.tokens) - 1, images=sequence.group.images
+            )
+            for sequence in sequences
         ]
         prefilled = self._model.prefill(prompts)
         self._counters.prefills += 1
@@ -99,4 +108,5 @@ class Prefiller:
 
     def _cached(self, group: SequenceGroup) -> tuple[CachedPrompt | None, int]:
         """The cached prompt with the longest common prefix, and how many of its tokens the request can reuse."""
-        return self._prefix_cache.find(group.request.adapter, group.request.prompt, group.reusable) or (None, 0)
+        request = group.request
+        return self._prefix_cache.find(request.adapter, request.prompt, group.reusable, group.images) or (None, 0)

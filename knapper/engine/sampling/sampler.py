@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from knapper import limits
 from knapper.engine.executor import Executor, Work
+from knapper.engine.images.placed import PlacedImage
 from knapper.engine.models.base import Model
 from knapper.engine.sampling import validation
 from knapper.engine.sampling.adapter_cache import AdapterCache, AdapterSource
@@ -89,6 +90,9 @@ class EngineSampler:
         if request.grammar:
             grammar = await asyncio.to_thread(self._grammars.compile, request.grammar)
         tokens_max = self._tokens_max(request)
+        images: tuple[PlacedImage, ...] = ()
+        if request.images:
+            images = await asyncio.to_thread(self._decoder.placed, request.images, "prompt")
         async with AsyncExitStack() as stack:
             lora = None
             if request.adapter:
@@ -101,6 +105,7 @@ class EngineSampler:
                 tokens_max=tokens_max,
                 listen=listen,
                 grammar=grammar,
+                images=images,
             )
             self._scheduler.submit(group)
             return await asyncio.wrap_future(group.future)

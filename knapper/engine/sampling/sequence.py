@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knapper.engine.images import placed
+from knapper.engine.images.placed import PlacedImage
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment
 from knapper.engine.sampling.grammar import Grammar
@@ -31,8 +33,8 @@ class Isolation(IntEnum):
 
 @dataclass(eq=False)
 class SequenceGroup:
-    """One request. `tokens_max` of a sequence, within the context. `turn`: sequences that may start before it is the
-    next group's turn; `PrefillQueue` sets it.
+    """One request. `tokens_max` of a sequence, within the context. `images` of its prompt. `turn`: sequences that may
+    start before it is the next group's turn; `PrefillQueue` sets it.
     """
 
     request: SampleRequest
@@ -41,6 +43,7 @@ class SequenceGroup:
     tokens_max: int
     listen: Callable[[TokenEvent], None] | None = None  # on the device's thread; must return at once
     grammar: Grammar | None = None  # that its sequences follow
+    images: tuple[PlacedImage, ...] = ()
     future: "Future[SampleOutput]" = field(default_factory=Future)
     turn: int = 0
     started: int = 0  # sequences
@@ -57,6 +60,11 @@ class SequenceGroup:
     suspect: bool = False  # a decoding step with it failed: it decodes alone
     overtaken: int = 0  # sequences of later requests that started before its own
     _restarts: list["RunningSequence"] = field(default_factory=list)  # sequences that started and got no token
+
+    @property
+    def prompt(self) -> tuple[str, bytes, bytes]:
+        """What its rows depend on: the adapter, the tokens and the images."""
+        return self.request.adapter, self.request.prompt.tobytes(), placed.digest(self.images)
 
     @property
     def prompt_tokens(self) -> int:

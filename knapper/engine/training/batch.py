@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from knapper.engine.executor import Work
+from knapper.engine.images.placed import PlacedImage
 from knapper.engine.layers.head import HeadLora
 from knapper.engine.layers.layerwise import LayerwisePass
 from knapper.engine.layers.lora import Lora
@@ -84,15 +85,21 @@ class PendingRequest:
         return ForwardBackwardOutput(self.outputs, self.metrics | divergence.metrics(self.data, self.outputs))
 
 
-def micro_batches(data: Sequence[Datum], rows_max: int) -> Iterator[MicroBatch]:
-    """In order, cut between datums: each has at most `rows_max` rows to compute, or is one datum."""
+def micro_batches(
+    data: Sequence[Datum], rows_max: int, images: Sequence[Sequence[PlacedImage]] | None = None
+) -> Iterator[MicroBatch]:
+    """In order, cut between datums: each has at most `rows_max` rows to compute, or is one datum.
+
+    `images`: of each datum; None: there are none.
+    """
     first, prefixes = 0, Prefixes()
     for index, datum in enumerate(data):
-        rows = len(prefixes) + prefixes.new_rows(datum.tokens)
+        seen = images[index] if images is not None else ()
+        rows = len(prefixes) + prefixes.new_rows(datum.tokens, seen)
         if index > first and (rows > rows_max or prefixes.total + len(datum.tokens) > _ATTENDED_TIMES * rows_max):
             yield MicroBatch(first, data[first:index], prefixes)
             first, prefixes = index, Prefixes()
-        prefixes.add(datum.tokens)
+        prefixes.add(datum.tokens, seen)
     yield MicroBatch(first, data[first:], prefixes)
 
 

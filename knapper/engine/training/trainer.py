@@ -89,8 +89,11 @@ class Trainer:
         """The request in micro-batches, cut by its own size only, so that its bits are its own. Raises UserError."""
         loss, config = check(request, self.decoder.config)
         expect_fit(request, self._datum_rows_max)
+        images = [
+            self.decoder.placed(datum.images, f"datum {index}: model_input") for index, datum in enumerate(request.data)
+        ]
         sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
-        batches = deque(micro_batches(request.data, self.rows_max))
+        batches = deque(micro_batches(request.data, self.rows_max, images))
         lora = _leaves(state, sums_P)
         if not keeps_bits(self.decoder.device) and self.decoder.dtype != torch.float32:
             lora = replace(lora, rounded=state.layout.rounded(state.weights_P, state.scale, self.decoder.dtype))

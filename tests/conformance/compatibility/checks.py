@@ -633,7 +633,7 @@ REFUSALS = [
     ),
     Refusal(
         "images and audio in a prompt",
-        "This model is text only: send ids",
+        "This model is text only: send token ids",
         lambda world: world.base.sample(_image(), 1, types.SamplingParams(max_tokens=1)),
     ),
     Refusal(

@@ -14,7 +14,7 @@ from knapper.engine.layers.attention import PackedAttention
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments, base
-from knapper.engine.models import weights
+from knapper.engine.models import loader
 from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.fields import UnsupportedModel
@@ -28,8 +28,9 @@ kinds: tuple[Kind, ...] = ("llama", "llama_untied", "qwen3")
 
 
 def decoder_of(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    config = ModelConfig.read(directory)
-    return Decoder(config, weights.load(directory, config, dtype))
+    decoder = loader.load(directory, dtype)
+    assert isinstance(decoder, Decoder)
+    return decoder
 
 
 def model_of(directory: Path, kind: str) -> Path:

@@ -52,5 +52,6 @@ COMPOSITES: Final = (
         "Qwen 3 VL, dense",
         {"qwen3_vl_text": "qwen3", None: "qwen3"},
         {"rope_theta": 500000.0, "head_dim": 128},
+        images=True,
     ),
 )
