@@ -130,11 +130,13 @@ ENV FUNCTION_TARGET=sample FUNCTION_SOURCE=/app/functions/sample/main.py
 USER 65532:65532
 ENTRYPOINT ["uvicorn", "functions_framework.aio:app", "--host", "0.0.0.0", "--port", "8080", "--workers", "1", "--http", "knapper.web.connections:Protocol", "--ws", "none", "--lifespan", "on", "--timeout-keep-alive", "75", "--log-level", "warning", "--no-access-log"]
 
-# As sample, and vLLM. Triton, which computes its adapters, compiles a piece of C when it starts; nvcc is not here, and what wants it is off.
+# As sample, and vLLM; and training beside it, where one pod has both (knative/components/one-pod). Triton, which computes its adapters, compiles a piece of C when it starts; nvcc is not here, and what wants it is off.
 FROM gpu AS sample-vllm
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=vllm-environment /opt/venv /opt/venv
 COPY --from=weights /srv/models /srv/models
+COPY functions/shared.py /app/functions/
+COPY functions/train_step /app/functions/train_step
 COPY functions/sample /app/functions/sample
 RUN python -m compileall -q -f --invalidation-mode unchecked-hash /app
 # One directory holds all that libraries write: a volume of its own on the cluster (knative/components/vllm).

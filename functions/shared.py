@@ -1,6 +1,7 @@
-"""One or several functions in one process, at /NAME/ each, under functions-framework, as `knapper up` runs them.
+"""One or several functions in one process, at /NAME/ each, under functions-framework: `knapper up`'s, and of a pod.
 
-They share one copy of the base weights. The process ends when it is idle.
+They share one copy of the base weights. The first answers at / and /metrics too, as the only one of a pod does. The
+process ends when it is idle, unless Knative ends it.
 
 FUNCTION_SOURCES: paths of main.py files, joined by os.pathsep; each defines the function that its directory is named
 after. Shared state lives in the library, since every main.py becomes sys.modules["main"].
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from functions_framework.aio import create_asgi_app
 from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 from knapper.serving.idle import IdleTimeout
@@ -23,11 +24,16 @@ from knapper.settings import Settings
 @asynccontextmanager
 async def load(app: Starlette) -> AsyncIterator[None]:
     """Import every function before the port listens; one that fails to import ends the process."""
+    functions: dict[str, ASGIApp] = {}
     for source in map(Path, os.environ["FUNCTION_SOURCES"].split(os.pathsep)):  # noqa: TID251  an entry point
         name = source.parent.name
         function: ASGIApp = create_asgi_app(name, os.fspath(source), "http")  # type: ignore[no-untyped-call]  # the library has no types here
-        app.router.routes.append(Mount(f"/{name}", app=function))
+        functions[f"/{name}"] = function
+    app.router.routes.extend(Mount(path, app=function) for path, function in functions.items())
+    app.router.routes.extend(Route(path, next(iter(functions.values()))) for path in ("/", "/metrics"))
     yield
 
 
-app = IdleTimeout(Starlette(lifespan=load), Settings.load(os.environ).idle_s)  # noqa: TID251  an entry point
+app: ASGIApp = Starlette(lifespan=load)
+if "K_SERVICE" not in os.environ:  # noqa: TID251  an entry point
+    app = IdleTimeout(app, Settings.load(os.environ).idle_s)  # noqa: TID251  an entry point

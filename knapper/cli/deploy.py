@@ -37,6 +37,10 @@ def add(
     sampler: Annotated[
         str, typer.Option(help="vllm to sample this model with vLLM; empty: that of the manifests.")
     ] = "",
+    one_pod: Annotated[
+        bool,
+        typer.Option("--one-pod", help="Train and sample in one pod on one GPU, with vLLM where it takes the model."),
+    ] = False,
     sample_replicas_max: Annotated[int | None, typer.Option(min=1, help="Most pods that sample.")] = None,
     dry_run: DryRun = False,
     kubeconfig: Kubeconfig = None,
@@ -50,15 +54,15 @@ def add(
     from knapper.cluster.model import Wanted, objects
     from knapper.local.package_root import deployables
 
-    record = model_description.record(
+    described = model_description.described(
         model, config, directory, dtype, os.environ.get("HF_ENDPOINT") or model_description.HUB
     )
     root = deployables()
     path = model_description.manifests(manifests, root)
     rendered = render(path)
-    if model_description.wants_vllm(sampler, record, rendered):
-        rendered = render(path, root / "knative" / "components" / "vllm")
-    made = objects(rendered, Wanted(record, accelerator, sample_replicas_max))
+    if component := model_description.component(sampler, one_pod, described, rendered):
+        rendered = render(path, root / "knative" / "components" / component)
+    made = objects(rendered, Wanted(described.record, accelerator, sample_replicas_max))
     if dry_run:
         say(*yaml.safe_dump_all(made, sort_keys=False).splitlines())
         return
@@ -107,6 +111,7 @@ def list_(kubeconfig: Kubeconfig = None, context: Context = None, as_json: Json 
     every, rows = deployed(_api(kubeconfig, context)), []
     for one in every:
         states = {part.service: f"{part.state} ({part.replicas})" for part in one.parts}
+        states |= {"sample": "in train-step"} if one.one_pod else {}
         gpu = next((part.gpu for part in one.parts), "-")
         error = next((part.error for part in one.parts if part.error), "" if one.declared else "not declared")
         waiting = "?" if one.waiting is None else str(one.waiting)

@@ -1,6 +1,7 @@
 """The part of kustomize that our manifests use, so that rendering needs no other program.
 
-resources, components, patches (RFC 6902, with a target), configMapGenerator (literals, files, merge) and images.
+resources, components, patches (RFC 6902, with a target; or `$patch: delete` for a whole object), configMapGenerator
+(literals, files, merge) and images.
 Whatever else a kustomization says is refused: nothing is rendered in another way than `kubectl kustomize` renders it (a
 test compares).
 """
@@ -59,10 +60,16 @@ def _build(directory: Path, objects: list[Object]) -> list[Object]:
     for name in plan.get("components", []):
         objects = _build(directory / name, objects)
     for patch in plan.get("patches", []):
-        operations = jsonpatch.JsonPatch(yaml.safe_load(patch["patch"]))
+        said = yaml.safe_load(patch["patch"])
         chosen = [number for number, thing in enumerate(objects) if _matches(thing, patch["target"])]
         if not chosen:
             raise InvalidField("kustomization", f"{path}: target {patch['target']}", "an object that is there")
+        if isinstance(said, dict):
+            if said.get("$patch") != "delete":
+                raise InvalidField("kustomization", f"{path}: a patch of fields", "RFC 6902, or $patch: delete")
+            objects = [thing for number, thing in enumerate(objects) if number not in chosen]
+            continue
+        operations = jsonpatch.JsonPatch(said)
         for number in chosen:
             objects[number] = operations.apply(objects[number])
     for image in plan.get("images", []):

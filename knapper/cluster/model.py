@@ -30,21 +30,33 @@ class Wanted:
 
 
 def objects(manifests: Sequence[Object], wanted: Wanted) -> list[Object]:
-    """Services and Triggers of the model, and its entry in the ConfigMap. Raises InvalidField."""
-    services = {each: only(manifests, "serving.knative.dev/v1", "Service", each) for each in SERVICES}
+    """Services and Triggers of the model, and its entry in the ConfigMap. Raises InvalidField.
+
+    Of manifests whose train-step samples too there is one Service, and both Triggers lead to it.
+    """
+    services = {"train-step": only(manifests, "serving.knative.dev/v1", "Service", "train-step")}
+    if not (one_pod := samples_too(services["train-step"])):
+        services["sample"] = only(manifests, "serving.knative.dev/v1", "Service", "sample")
     triggers = {each: only(manifests, "eventing.knative.dev/v1", "Trigger", each) for each in SERVICES}
     model = wanted.record.name
     ours = services["train-step"]["metadata"]["labels"][LABEL] == slug(model)  # the manifests' own: it keeps its names
     names = {each: each if ours else f"{each}-{slug(model)[:8]}" for each in SERVICES}
-    found = [_service(services[each], each, names[each], wanted) for each in SERVICES]
-    found += [_trigger(triggers[each], names[each], model) for each in SERVICES]
+    found = [_service(service, each, names[each], wanted) for each, service in services.items()]
+    if one_pod and wanted.sample_replicas_max is not None:
+        allowed = "none where one pod trains and samples: runs share it"
+        raise InvalidField("sample-replicas-max", wanted.sample_replicas_max, allowed)
+    hosts = names | ({"sample": names["train-step"]} if one_pod else {})
+    found += [_trigger(triggers[each], names[each], hosts[each], model) for each in SERVICES]
     if placeholder := _PLACEHOLDER.search(repr(found)):
         raise InvalidField(
             "manifests", placeholder[0], "an overlay with the names of your project in it",
             "Give the one that terraform/stages/30-functions wrote: --manifests .../.rendered/NAME",
         )  # fmt: skip
-    urls = {f"{each.replace('-', '_')}_url": f"http://{names[each]}.{NAMESPACE}.svc.cluster.local" for each in SERVICES}
-    record = msgspec.structs.replace(wanted.record, **urls)
+    urls = {each: f"http://{host}.{NAMESPACE}.svc.cluster.local" for each, host in hosts.items()}
+    path = "/sample/" if one_pod else ""
+    record = msgspec.structs.replace(
+        wanted.record, train_step_url=urls["train-step"], sample_url=urls["sample"] + path
+    )  # fmt: skip
     return [*found, _models({f"{slug(model)}.json": encode(record)})]
 
 
@@ -78,7 +90,7 @@ def _service(thing: Object, service: str, name: str, wanted: Wanted) -> Object:
         *(each for each in container["env"] if each["name"] not in ours),
     ]
     if wanted.accelerator:
-        if "nvidia.com/gpu" not in container["resources"]["limits"]:
+        if not has_gpu(thing):
             raise InvalidField(
                 "accelerator", wanted.accelerator, "none with manifests that ask for no GPU",
                 "Take an overlay for GPUs, or leave --accelerator out",
@@ -87,7 +99,7 @@ def _service(thing: Object, service: str, name: str, wanted: Wanted) -> Object:
     if service == "sample" and wanted.sample_replicas_max is not None:
         scale = str(wanted.sample_replicas_max)
         template["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] = scale
-    if samples_by_vllm(thing):
+    if samples_by_vllm(thing) or samples_too(thing):
         container["image"] = _with_vllm(container["image"])
     return thing
 
@@ -97,23 +109,40 @@ def samples_by_vllm(service: Object) -> bool:
     return {"name": "KNAPPER_SAMPLER", "value": "vllm"} in container.get("env", [])
 
 
+def samples_too(train_step: Object) -> bool:
+    """Whether a Service train-step has sample in its pods as well (knative/components/one-pod)."""
+    (container,) = train_step["spec"]["template"]["spec"]["containers"]
+    return any(each["name"] == "FUNCTION_SOURCES" and "/sample/" in each["value"] for each in container.get("env", []))
+
+
+def shares_card(service: Object) -> bool:
+    """Whether its pods have a part of a GPU that other pods use (knative/components/gpu-time-sharing)."""
+    (container,) = service["spec"]["template"]["spec"]["containers"]
+    return any(each["name"] == "KNAPPER_GPU_MEMORY_SHARE" for each in container.get("env", []))
+
+
+def has_gpu(service: Object) -> bool:
+    (container,) = service["spec"]["template"]["spec"]["containers"]
+    return "nvidia.com/gpu" in container["resources"]["limits"]
+
+
 def _with_vllm(image: str) -> str:
     """The image of the same release that has vLLM in it. Raises InvalidField if the name does not show it."""
     if re.search(r"(^|/)sample-vllm([:@]|$)", image):
         return image
-    renamed, count = re.subn(r"(^|/)sample(:[^/@]+)?$", r"\1sample-vllm\2", image)
+    renamed, count = re.subn(r"(^|/)(?:sample|train-step)(:[^/@]+)?$", r"\1sample-vllm\2", image)
     if not count:
         raise InvalidField(
-            "sampler", f"vllm with the image {image}", "the image sample by its tag: sample-vllm has the same",
+            "sampler", f"vllm with the image {image}", "the image by its tag: sample-vllm has the same",
             "Or write an overlay with knative/components/vllm and the image's digest, and give it by --manifests",
         )  # fmt: skip
     return renamed
 
 
-def _trigger(thing: Object, name: str, model: str) -> Object:
+def _trigger(thing: Object, name: str, service: str, model: str) -> Object:
     thing["metadata"]["name"] = name
     thing["metadata"]["labels"][LABEL] = slug(model)
-    thing["spec"]["subscriber"]["ref"]["name"] = name
+    thing["spec"]["subscriber"]["ref"]["name"] = service
     thing["spec"]["filters"] = _renamed(thing["spec"]["filters"], slug(model))
     return thing
 

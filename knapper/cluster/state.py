@@ -8,7 +8,7 @@ from datetime import datetime
 
 from knapper.cluster.api import Api
 from knapper.cluster.kustomize import Object
-from knapper.cluster.model import LABEL, MODELS, NAMESPACE, SERVICES
+from knapper.cluster.model import LABEL, MODELS, NAMESPACE, SERVICES, samples_too
 from knapper.state.model_record import slug
 
 PROCESS_STAGES = ("import", "weights", "adapter", "first_step")  # knapper_cold_start_seconds, in their order
@@ -43,12 +43,15 @@ class ModelService:
 
 @dataclass(frozen=True)
 class Deployed:
-    """One base model. `waiting`: runs with operations that are not answered, None if the gateway does not answer."""
+    """One base model. `waiting`: runs with operations that are not answered, None if the gateway does not answer.
+    `one_pod`: its train-step samples too.
+    """
 
     model: str
     declared: bool
     parts: Sequence[ModelService]
     waiting: int | None
+    one_pod: bool = False
 
 
 def deployed(api: Api) -> list[Deployed]:
@@ -69,7 +72,7 @@ def deployed(api: Api) -> list[Deployed]:
         name = str(msgspec.json.decode(declared[one])["name"]) if one in declared else _model_of(own[0])
         parts = [_part(api, each) for each in sorted(own, key=_order)]
         count = None if waiting is None else waiting.get(name, 0)
-        found.append(Deployed(name, one in declared, parts, count))
+        found.append(Deployed(name, one in declared, parts, count, one_pod=any(map(samples_too, own))))
     return found
 
 

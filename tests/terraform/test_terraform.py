@@ -270,13 +270,16 @@ def test_helm_applies_the_objects_as_they_are_given() -> None:
     assert [each for text in written.values() for each in yaml.safe_load_all(text) if each] == objects
 
 
-@pytest.mark.parametrize("overlay", ["gke-l4", "gke-l4-shared", "gke-h100", "gke-l4-vllm", "gke-h100-vllm"])
+@pytest.mark.parametrize(
+    "overlay", ["gke-l4", "gke-l4-shared", "gke-h100", "gke-l4-vllm", "gke-h100-vllm", "gke-h100-one-pod"]
+)
 def test_the_names_that_stage_30_replaces_are_in_the_overlays(overlay: str) -> None:
     stage = (TERRAFORM / "stages/30-functions/main.tf").read_text()
     for thing in render(TERRAFORM.parent / "knative/overlays" / overlay):
         if thing["apiVersion"] == "serving.knative.dev/v1":
             name, spec = thing["metadata"]["name"], thing["spec"]["template"]["spec"]
-            target = "sample-vllm" if name == "sample" and overlay.endswith("-vllm") else name
+            by_vllm = {"gke-l4-vllm": "sample", "gke-h100-vllm": "sample", "gke-h100-one-pod": "train-step"}
+            target = "sample-vllm" if name == by_vllm.get(overlay) else name
             assert spec["containers"][0]["image"].startswith(f"REGION-docker.pkg.dev/PROJECT_ID/knapper/{target}:")
             assert f'"{target}"' in stage
             if name != "reward":
