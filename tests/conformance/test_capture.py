@@ -85,6 +85,8 @@ def test_all_protocols_keep_what_was_drawn_whole_and_streamed(
     shown = knapper("capture", "show", "math/openai", environment=environment_of(server)).stdout.splitlines()
     assert shown[0] == "math/openai: 3 turns, score -0.5"
     assert len(shown) == 2 + 4  # a line an answer
+    used = knapper("usage", environment=environment_of(server)).stdout
+    assert re.search(r"^captured: \d+ of 10000 episodes$", used, flags=re.MULTILINE)
     listed = {each["episode"]: each for each in told(server, "list")}
     assert [listed[f"math/{name}"]["turns"] for name in ("openai", "claude")] == [3, 2]
     assert (listed["math/openai"]["score"], listed["math/claude"]["score"]) == (-0.5, None)
