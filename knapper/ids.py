@@ -111,6 +111,13 @@ class TinkerPath:
         return f"tinker://{self.run}/{self.kind}/{self.name}"
 
 
+def number(n: int) -> str:
+    """A sequence number in object names: 20 digits, so that names sort like numbers."""
+    if not 0 <= n < 10**20:
+        raise ValueError(n)
+    return f"{n:020d}"
+
+
 @dataclass(frozen=True)
 class EpisodeName:
     """[<group>/]<name>: an agent's session that is captured. `group`: empty for none."""
@@ -132,10 +139,3 @@ class EpisodeName:
 
     def __str__(self) -> str:
         return f"{self.group}/{self.name}" if self.group else self.name
-
-
-def number(n: int) -> str:
-    """A sequence number in object names: 20 digits, so that names sort like numbers."""
-    if not 0 <= n < 10**20:
-        raise ValueError(n)
-    return f"{n:020d}"

@@ -4,7 +4,7 @@ import pytest
 
 from knapper import ids, limits
 from knapper.errors import InvalidField, NotFound
-from knapper.ids import RunId, SamplerId, SessionId, TinkerPath
+from knapper.ids import EpisodeName, RunId, SamplerId, SessionId, TinkerPath
 
 SESSION = SessionId("ses-" + "0123456789abcdef" * 2)
 RUN = RunId(f"{SESSION}:train:7")
@@ -125,3 +125,16 @@ def test_numbers_in_names_sort_as_numbers() -> None:
     for wrong in (-1, 10**20):
         with pytest.raises(ValueError, match=str(wrong)):
             ids.number(wrong)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "/", "a/", "/a", "-", "a/-", "..", "a/../b", "a/b/c", "ä", "a b", "a\0", "x" * 129]
+)
+def test_no_other_form_is_an_episode_s(value: str) -> None:
+    with pytest.raises(InvalidField, match="GROUP/EPISODE"):
+        EpisodeName.parse(value)
+
+
+def test_episodes_are_read_as_they_are_written() -> None:
+    for value in ("a", "g/a", "G.1/a_b-C", "x" * 128):
+        assert str(EpisodeName.parse(value)) == value

@@ -1,11 +1,14 @@
 """`knapper capture`: agents' sessions that were kept token for token."""
 
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knapper import limits
+from knapper.cli import jobs
 from knapper.cli.tables import Json, listing
 from knapper.text.printable import say
 
@@ -13,7 +16,8 @@ if TYPE_CHECKING:
     from knapper.cli.captures_client import CapturesClient
 
 app = typer.Typer(
-    name="capture", help="List, show, score and delete captured episodes.", no_args_is_help=True, rich_markup_mode=None,
+    name="capture", help="List, show, score, delete and train on captured episodes.", no_args_is_help=True,
+    rich_markup_mode=None,
 )  # fmt: skip
 
 Url = Annotated[str | None, typer.Option(help="The gateway; default: TINKER_BASE_URL, or http://127.0.0.1:8000.")]
@@ -53,6 +57,34 @@ def score(
 ) -> None:
     """Say what an episode was worth, in place of what was said before."""
     say(f"episode {episode} scored: {_client(url).score(episode, score)['score']:g}")
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="The job's name.")],
+    group: Annotated[list[str], typer.Option("--group", help="Only episodes of this group; several: each.")] = [],  # noqa: B006  # typer copies it
+    epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the episodes.")] = 1,
+    learning_rate: Annotated[float, typer.Option(min=0, max=1, help="Of AdamW.")] = 1e-4,
+    rank: Annotated[int, typer.Option(min=1, max=limits.rank_max, help="Of the adapter.")] = 16,
+    follow: Annotated[bool, typer.Option("--follow", help="Print each step until the job ends.")] = False,
+    to: Annotated[
+        Path | None, typer.Option(help="Write job.yaml and its data into this new folder, and submit nothing.")
+    ] = None,
+    url: Url = None,
+) -> None:
+    """Train an adapter on the scored episodes, as a job: submit it, or write its folder to edit and submit."""
+    from tempfile import TemporaryDirectory
+
+    from knapper.cli.captures_job import write
+    from knapper.jobs import names
+
+    with TemporaryDirectory() as place:
+        folder = to or Path(place) / names.job(name)
+        folder.mkdir(parents=True)
+        found = write(_client(url), folder, group, epochs=epochs, learning_rate=learning_rate, rank=rank)
+        say(found, file=sys.stderr)
+        if to is None:
+            jobs.submit(folder, name, follow, url=url)
 
 
 @app.command()

@@ -18,6 +18,15 @@ class CapturesClient(JobsClient):
         """`episodes`, the newest first; `cursor`, with how many there are; `limits`."""
         return self.ask("GET", f"/captures?{urlencode({'limit': limit, 'offset': offset})}")
 
+    def episodes(self) -> list[dict[str, Any]]:
+        """All of them, the newest first."""
+        found: list[dict[str, Any]] = []
+        while True:
+            page = self.page(limits.page_max, len(found))
+            found += page["episodes"]
+            if not page["episodes"] or len(found) >= page["cursor"]["total_count"]:
+                return found
+
     def episode(self, name: str) -> dict[str, Any]:
         """The episode with all of its turns."""
         page = self._turns(name, "")

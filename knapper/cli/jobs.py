@@ -219,7 +219,7 @@ def usage(
     """Print what your runs and sessions used, what it costs if the server has prices, and your quota."""
     from datetime import UTC, datetime, timedelta
 
-    from knapper.cli.jobs_client import quota_lines, used
+    from knapper.cli.jobs_client import captured_lines, quota_lines, used
 
     client = _client(url)
     end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
@@ -234,6 +234,6 @@ def usage(
     if currency is not None:
         stored = sum(row.get("monthly_cost", 0.0) for row in client.storage())
         lines.append(f"total: {answer['total_cost']:.4f} {currency}; checkpoints: {stored:.4f} {currency} a month")
-    lines += quota_lines(quota)
+    lines += [*quota_lines(quota), *captured_lines(client.captured())]
     empty = f"nothing was used in the last {hours} hours; --hours looks further back"
     listing(rows, lines if rows else [empty, *lines], "", as_json=as_json)

@@ -104,6 +104,10 @@ class JobsClient:
         window = {"starting_on": starting_on.isoformat(), "ending_before": ending_before.isoformat()}
         return self.ask("GET", f"/billing/usage/events?{urlencode(window)}")
 
+    def captured(self) -> dict[str, Any]:
+        """`cursor`, with how many captured episodes there are, and `limits`."""
+        return self.ask("GET", "/captures?limit=1")
+
     def storage(self) -> list[dict[str, Any]]:
         """What is stored now, by project."""
         rows: list[dict[str, Any]] = self.ask("GET", "/billing/usage/checkpoints/current")["data"]
@@ -279,6 +283,12 @@ def quota_lines(quota: dict[str, Any]) -> Iterator[str]:
         yield f"quota: rank up to {quota['rank']['quota']}"
     if quota["tokens_a_day"]["quota"] is not None:
         yield f"the next day begins at 00:00 UTC, in {clock(quota['seconds_left'])}"
+
+
+def captured_lines(answer: Mapping[str, Any]) -> Iterator[str]:
+    """How many captured episodes there are; nothing without any."""
+    if count := answer["cursor"]["total_count"]:
+        yield f"captured: {count} of {answer['limits']['episodes']} episodes"
 
 
 def _of(job: dict[str, Any]) -> str:

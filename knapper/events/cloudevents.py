@@ -57,7 +57,7 @@ class Hint:
 class Event:
     """A CloudEvent. The sender derives `id`, so that repetitions are recognised.
 
-    `hint` is for OPERATIONS; `step`, `kind` (rl, sft or dpo) and `model` (the slug of the base model) are of a job.
+    `hint` is for OPERATIONS; `step`, `kind` (rl, sft, ...) and `model` (the slug of the base model) are of a job.
     Only storage events carry `data`.
     """
 

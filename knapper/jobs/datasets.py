@@ -7,8 +7,8 @@ from typing import Any
 from knapper import limits
 from knapper.errors import InvalidField, UserError
 from knapper.jobs import rows as forms
-from knapper.jobs.rows import ChatRow, PairRow, RlRow, Row, SftRow
-from knapper.jobs.spec import AnyJob, DpoJob, Kind, RlJob, SftJob
+from knapper.jobs.rows import ChatRow, EpisodeRow, PairRow, RlRow, Row, SftRow
+from knapper.jobs.spec import AnyJob, DpoJob, EpisodesJob, Kind, RlJob, SftJob
 from knapper.jobs.yaml_document import JobError
 
 
@@ -62,6 +62,11 @@ def dpo(name: str, data: bytes) -> list[PairRow]:
     return [row for _, row in _read("dpo", name, data)]
 
 
+def episodes(name: str, data: bytes) -> list[EpisodeRow]:
+    """Raises JobError."""
+    return [row for _, row in _read("episodes", name, data)]
+
+
 def rows(job: AnyJob, name: str, data: bytes) -> Sequence[Row]:
     """The rows of a data file of this job, `data` or `evaluate.data`. Raises JobError."""
     match job:
@@ -71,6 +76,8 @@ def rows(job: AnyJob, name: str, data: bytes) -> Sequence[Row]:
             return sft(name, data, job.loss_on)
         case DpoJob():
             return dpo(name, data)
+        case EpisodesJob():
+            return episodes(name, data)
 
 
 def line_of(name: str, data: bytes, row: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from knapper.errors import damaged
 from knapper.ids import RunId
-from knapper.jobs import advantages, schedule
+from knapper.jobs import advantages, policy, schedule
 from knapper.jobs.bill import covered, union
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round, Start, step_name
@@ -72,20 +72,11 @@ class Rl:
             for rollout, advantage in zip(group.rollouts.rollouts, each, strict=True)
         ]
         drawn = [one for group, _ in taught for one in _drawn(group)]
-        metrics, pass_metrics = _described(self.job, step, groups, advantages_of), dict[str, float]()
+        metrics, pass_metrics = _described(self.job, step, groups, advantages_of), policy.Metrics()
         if data:
-            output = await client.forward_backward(data, self.job.loss.name, self._thresholds(), drawn=drawn)
             values = schedule.adamw(self.job.optimizer, step, self.steps)
-            stepped = await client.optim_step(values)
-            counted = max(output.metrics.get("tokens:sum", 0.0), 1.0)
-            metrics |= {
-                "loss/mean": output.metrics["loss:sum"],
-                "kl/mean": output.metrics.get("kl:sum", 0.0) / counted,
-                "ratio/mean": output.metrics.get("ratio:sum", 0.0) / counted,
-                "learning_rate": values.learning_rate,
-                "grad_norm": stepped["grad_norm"],
-            }
-            pass_metrics = output.metrics
+            stepped, pass_metrics = await policy.step(client, data, self.job.loss, values, drawn)
+            metrics |= stepped
         await client.save_for_sampler(step_name(step + 1))
         readable = _readable(self.folder.rows, groups, advantages_of)
         return StepOutcome(metrics, _spent(groups), readable, pass_metrics, joined(drawn))
@@ -96,11 +87,6 @@ class Rl:
         metrics = {"reward/mean": float(np.mean(rewards)) if rewards else 0.0, "prompts": float(len(rewards))}
         metrics |= _parts(groups)
         return StepOutcome(metrics, _spent(groups), _readable(self.folder.held_out, groups, None))
-
-    def _thresholds(self) -> dict[str, float]:
-        loss = self.job.loss
-        thresholds = {"clip_low_threshold": loss.clip_low_threshold, "clip_high_threshold": loss.clip_high_threshold}
-        return {name: value for name, value in thresholds.items() if value is not None}
 
 
 async def read_groups(store: Store, folder: Folder, kind: Round, n: int, prompts: int) -> list[RolloutGroup]:
@@ -148,16 +134,9 @@ def size_of(rollout: Rollout) -> int:
 def datum(prompt: "np.ndarray[Any, np.dtype[np.int32]]", rollout: Rollout, advantage: float, *, masked: bool) -> Datum:
     """Each token predicts the next one; only sampled ones have an advantage."""
     sampled = np.frombuffer(rollout.tokens, "<i4").astype(np.int32)
-    tokens = np.concatenate([prompt, sampled])
-    before = len(prompt) - 1
-    logprobs = np.concatenate([np.zeros(before, np.float32), np.frombuffer(rollout.logprobs, "<f4")])
-    advantages_T = np.zeros(len(tokens) - 1, np.float32)
-    advantages_T[before:] = advantage
-    inputs: dict[str, Any] = {"target_tokens": tokens[1:].astype(np.int64), "logprobs": logprobs.astype(np.float32),
-              "advantages": advantages_T}  # fmt: skip
-    if masked:
-        inputs["sequence_ratio_mask"] = (np.arange(len(tokens) - 1) >= before).astype(np.float32)
-    return Datum(tokens[:-1], inputs)
+    logprobs = np.concatenate([np.zeros(len(prompt), np.float32), np.frombuffer(rollout.logprobs, "<f4")])
+    sampled_T = np.arange(len(prompt) + len(sampled)) >= len(prompt)
+    return policy.datum(np.concatenate([prompt, sampled]), sampled_T, logprobs, advantage, masked=masked)
 
 
 def _described(job: RlJob, step: int, groups: Sequence[RolloutGroup], advantages_of: Sequence[Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The rows of data files: every accepted form, read as one of four kinds."""
+"""The rows of data files: every accepted form, read as one of five kinds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,18 +6,23 @@ from functools import cache
 from typing import Annotated, Any, ClassVar
 
 import msgspec
+import numpy as np
 from msgspec import Meta
+from numpy.typing import NDArray
 
+from knapper import limits
 from knapper.catalogue.conversations import Message, Weight, conversation, weighted
 from knapper.errors import InvalidField
 from knapper.jobs.spec import Kind
 from knapper.text.suggestions import did_you_mean
 from knapper.wire import json
+from knapper.wire.types import Float32, Int32
 
 Text = Annotated[str, Meta(min_length=1)]
 Messages = list[Message]
 Prompt = str | Messages
 Completion = str | Messages  # messages: those that follow a prompt of messages
+Mask = NDArray[np.bool_]
 Weights = Sequence[Weight | None]  # of each message; empty: none has one
 
 
@@ -53,8 +58,27 @@ class PairRow:
     rejected: Completion
 
 
+@dataclass(frozen=True)
+class EpisodeSequence:
+    """`sampled_T`: which tokens were sampled; `logprobs_T`: theirs, and zeros at the others."""
+
+    tokens_T: Int32
+    sampled_T: Mask
+    logprobs_T: Float32
+
+
+@dataclass(frozen=True)
+class EpisodeRow:
+    """What an agent sampled in one session, and what that was worth."""
+
+    episode: str
+    group: str
+    reward: float
+    sequences: Sequence[EpisodeSequence]
+
+
 SftRow = ChatRow | CompletionRow
-Row = RlRow | ChatRow | CompletionRow | PairRow
+Row = RlRow | ChatRow | CompletionRow | PairRow | EpisodeRow
 
 
 class RowForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -165,10 +189,49 @@ class ShareGptPair(ShareGptForm, frozen=True, kw_only=True):
         return _pair([*self.before(messages), *messages], chosen, rejected)
 
 
+class SequenceForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`sampled`: [first, end) of each part of the tokens that was sampled; `logprobs`: of all of these."""
+
+    tokens: Annotated[list[Annotated[int, Meta(ge=0, le=2**31 - 1)]], Meta(min_length=2)]
+    sampled: Annotated[list[tuple[int, int]], Meta(min_length=1)]
+    logprobs: list[float]
+
+    def sequence(self, at: str) -> EpisodeSequence:
+        """Raises InvalidField."""
+        before, sampled_T = 1, np.zeros(len(self.tokens), np.bool_)
+        for n, (first, end) in enumerate(self.sampled):
+            if not before <= first < end <= len(self.tokens):
+                allowed = f"[first, end] with {before} <= first < end <= {len(self.tokens)}, the number of its tokens"
+                raise InvalidField(f"{at}.sampled[{n}]", [first, end], allowed)
+            sampled_T[first:end], before = True, end
+        if len(self.logprobs) != (count := int(sampled_T.sum())):
+            raise InvalidField(f"the length of {at}.logprobs", len(self.logprobs), f"{count}, as many as are sampled")
+        logprobs_T = np.zeros(len(self.tokens), np.float32)
+        logprobs_T[sampled_T] = self.logprobs
+        return EpisodeSequence(np.array(self.tokens, np.int32), sampled_T, logprobs_T)
+
+
+class EpisodeForm(RowForm, frozen=True, kw_only=True):
+    shown = (
+        '{"episode": "a", "group": "", "reward": 1.0, '
+        '"sequences": [{"tokens": [5, 6, 7], "sampled": [[1, 3]], "logprobs": [-0.5, -1.5]}]}'
+    )
+
+    reward: Annotated[float, Meta(ge=-limits.episode_score_max, le=limits.episode_score_max)]
+    sequences: Annotated[list[SequenceForm], Meta(min_length=1)]
+    episode: str = ""
+    group: str = ""
+
+    def row(self) -> EpisodeRow:
+        sequences = [each.sequence(f"sequences[{n}]") for n, each in enumerate(self.sequences)]
+        return EpisodeRow(self.episode, self.group, self.reward, sequences)
+
+
 FORMS: Mapping[Kind, tuple[type[RowForm], ...]] = {
     "rl": (PromptForm,),
     "sft": (ChatForm, CompletionForm, ShareGptForm),
     "dpo": (PreferenceForm, DivergingForm, ShareGptPair),
+    "episodes": (EpisodeForm,),
 }
 
 

@@ -14,6 +14,7 @@ from knapper.events.cloudevents import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import completion, control, needs, outputs, progress, sample_usage, schedule, selection
 from knapper.jobs.alarms import StepAlarms
+from knapper.jobs.episodes import Episodes
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import STEP, Round, Start, step_name
 from knapper.jobs.outputs import Metrics
@@ -21,7 +22,7 @@ from knapper.jobs.progress import Progress, ProgressReader
 from knapper.jobs.recipes import Recipe, RunClients
 from knapper.jobs.rl import Rl
 from knapper.jobs.run_client import Journal, RunClient
-from knapper.jobs.spec import DpoJob, RlJob, SftJob
+from knapper.jobs.spec import DpoJob, EpisodesJob, RlJob, SftJob
 from knapper.jobs.supervised import Dpo, Sft
 from knapper.jobs.tokenized_rows import RowTokenizer
 from knapper.jobs.worker import Slice, Worker
@@ -189,8 +190,10 @@ class Training:
         job, store = folder.job, self._services.store
         if isinstance(job, RlJob):
             return Rl(folder, job, store)
-        tokens_max = job.max_tokens or self.context
-        tokenizer = RowTokenizer(self.language, folder.started.started_at, min(tokens_max, self.context))
+        tokens_max = min(job.max_tokens or self.context, self.context)
+        if isinstance(job, EpisodesJob):
+            return Episodes.read(folder, job, tokens_max)
+        tokenizer = RowTokenizer(self.language, folder.started.started_at, tokens_max)
         if isinstance(job, SftJob):
             return await Sft.read(folder, job, tokenizer)
         assert isinstance(job, DpoJob)

@@ -17,8 +17,9 @@ from knapper.rewards import spec as rewards
 from knapper.text.suggestions import did_you_mean
 from knapper.wire import json
 
-Kind = Literal["rl", "sft", "dpo"]
-KINDS: tuple[Kind, ...] = ("rl", "sft", "dpo")
+Kind = Literal["rl", "sft", "dpo", "episodes"]
+KINDS: tuple[Kind, ...] = ("rl", "sft", "dpo", "episodes")
+Advantage = Literal["group_normalised", "group_centred"]
 File = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]  # beside job.yaml
 Role = Annotated[str, Meta(pattern=r"^[a-z][a-z_]{0,31}$")]
 Count = Annotated[int, Meta(ge=1, le=limits.job_steps_max)]
@@ -48,7 +49,7 @@ class LoraSpec(SpecPart, frozen=True, kw_only=True):
 
 
 class Optimizer(SpecPart, frozen=True, kw_only=True):
-    """AdamW. The gradient is a mean: of tokens (sft, rl) or pairs (dpo)."""
+    """AdamW. The gradient is a mean: of tokens (sft, rl, episodes) or pairs (dpo)."""
 
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -81,6 +82,10 @@ class SftBatch(SpecPart, frozen=True, kw_only=True):
 
 class DpoBatch(SpecPart, frozen=True, kw_only=True):
     pairs: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
+
+
+class EpisodesBatch(SpecPart, frozen=True, kw_only=True):
+    episodes: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
 
 
 class LossName(SpecPart, frozen=True, kw_only=True):
@@ -140,7 +145,7 @@ class RlJob(JobSpec, frozen=True, kw_only=True):
     batch: RlBatch = RlBatch()
     sampling: SamplingSpec = SamplingSpec()
     loss: LossName = LossName()
-    advantage: Literal["group_normalised", "group_centred"] = "group_normalised"
+    advantage: Advantage = "group_normalised"
     max_staleness: Annotated[int, Meta(ge=0, le=limits.job_staleness_max)] = 0  # steps that samples may be behind
     on_reward_error: Literal["fail", "skip_group"] = "fail"
     evaluate: RlEvaluate | None = None
@@ -172,8 +177,25 @@ class DpoJob(Supervised, frozen=True, kw_only=True):
     beta: Annotated[float, Meta(gt=0, le=100)] = 0.1
 
 
-AnyJob = RlJob | SftJob | DpoJob
-TYPES: dict[Kind, type[RlJob] | type[SftJob] | type[DpoJob]] = {"rl": RlJob, "sft": SftJob, "dpo": DpoJob}
+class EpisodesJob(JobSpec, frozen=True, kw_only=True):
+    """rl whose rollouts are there: episodes that agents had, each with its reward."""
+
+    kind: Literal["episodes"]
+    steps: Count | None = None
+    epochs: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    max_tokens: Tokens | None = None  # of one sequence; none: the model's context. Longer ones are an error
+    batch: EpisodesBatch = EpisodesBatch()
+    loss: LossName = LossName()
+    advantage: Advantage = "group_normalised"
+
+    @property
+    def evaluate(self) -> None:
+        """Nothing is held out: what the adapter is worth, agents find out."""
+
+
+AnyJob = RlJob | SftJob | DpoJob | EpisodesJob
+AnyType = type[RlJob] | type[SftJob] | type[DpoJob] | type[EpisodesJob]
+TYPES: dict[Kind, AnyType] = {"rl": RlJob, "sft": SftJob, "dpo": DpoJob, "episodes": EpisodesJob}
 
 
 @dataclass(frozen=True)
@@ -229,9 +251,10 @@ def _check(job: AnyJob) -> None:
         raise InvalidField("lora.train_attn", False, "at least one of train_attn, train_mlp and train_unembed is true")
     _check_warmup(job.optimizer, job.steps)
     _check_selection(job)
+    if isinstance(job, RlJob | EpisodesJob):
+        _check_loss(job.loss)
     if isinstance(job, RlJob):
         rewards.names(job.reward)
-        _check_loss(job.loss)
         return
     if (job.steps is None) == (job.epochs is None):
         value = "both" if job.steps is not None else None

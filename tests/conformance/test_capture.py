@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import tinker
 
 from tests.command import knapper
-from tests.conformance.server import Server
+from tests.conformance.server import Server, wait_until
 from tests.conformance.test_jobs_by_http import environment_of
 from tests.gateway.openai.chatting import chat_model
 
@@ -83,6 +85,8 @@ def test_all_protocols_keep_what_was_drawn_whole_and_streamed(
     shown = knapper("capture", "show", "math/openai", environment=environment_of(server)).stdout.splitlines()
     assert shown[0] == "math/openai: 3 turns, score -0.5"
     assert len(shown) == 2 + 4  # a line an answer
+    used = knapper("usage", environment=environment_of(server)).stdout
+    assert re.search(r"^captured: \d+ of 10000 episodes$", used, flags=re.MULTILINE)
     listed = {each["episode"]: each for each in told(server, "list")}
     assert [listed[f"math/{name}"]["turns"] for name in ("openai", "claude")] == [3, 2]
     assert (listed["math/openai"]["score"], listed["math/claude"]["score"]) == (-0.5, None)
@@ -113,6 +117,53 @@ def test_what_is_kept_is_what_the_trainer_computes(server: Server, client: opena
     outputs = training.forward([datum], "cross_entropy").result().loss_fn_outputs
     computed = np.array(outputs[0]["logprobs"].data, np.float32)[len(prompt) - 1 :]
     np.testing.assert_allclose(computed, np.array(sequence["logprobs"], np.float32), atol=1e-5)
+
+
+def blocks() -> tuple[str, list[str]]:
+    """(the program, the commands) of the page."""
+    page = (Path(__file__).parents[2] / "docs" / "capture.md").read_text(encoding="utf-8")
+    program = re.search(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    commands = re.search(r"^```sh\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert program
+    assert commands
+    return program[1], commands[1].splitlines()
+
+
+@pytest.mark.timeout(240)
+def test_the_program_and_the_commands_of_the_page_train_an_adapter(
+    server: Server, client: openai.OpenAI, model: Path
+) -> None:
+    """The engine is killed while the job trains."""
+    program, commands = blocks()
+    for said, meant in (("http://127.0.0.1:8000", server.url), ("HuggingFaceTB/SmolLM2-135M-Instruct", str(model))):
+        assert said in program
+        program = program.replace(said, meant)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr.decode()
+    for command in commands[:-1]:
+        done_command = knapper(*command.split()[1:], environment=environment_of(server))
+        assert done_command.returncode == 0, command + done_command.stderr
+    scores = {each["episode"]: each["score"] for each in told(server, "list") if each["group"] == "colors"}
+    assert len(scores) == 4
+    assert scores["colors/0"] == 1.0
+    first, second = turns(server, "colors/0")
+    assert second["prompt"][: len(first["prompt"])] == first["prompt"]
+    *words, follow = commands[-1].replace("--epochs 4", "--epochs 20").split()[1:]
+    assert follow == "--follow"
+    submitted = knapper(*words, environment=environment_of(server))
+    assert submitted.returncode == 0, submitted.stderr
+    assert submitted.stderr.startswith("4 episodes with ")
+    metrics = server.data / "jobs" / "local" / "bolder" / "metrics.jsonl"
+    wait_until(metrics.exists, "the job has trained a step")
+    server.kill("engine")
+    shown = knapper("jobs", "show", "bolder", follow, environment=environment_of(server))
+    assert shown.returncode == 0, f"{shown.stdout}{shown.stderr}{server.log()[-3000:]}"
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [each["step"] for each in steps] == list(range(1, 11))  # 20 epochs of 4 episodes, 8 a step
+    assert abs(steps[0]["ratio/mean"] - 1) < 1e-4, "the trainer computes what was sampled"
+    by = client.with_options(default_headers={HEADER: "after"})
+    by.chat.completions.create(model="bolder", messages=QUESTION, max_tokens=4)
+    assert turns(server, "after")[0]["weights"]["step"] == 10
 
 
 def test_a_name_that_cannot_be_is_refused_before_anything_is_sampled(server: Server, model: Path) -> None:

@@ -81,6 +81,14 @@ TESTS: Final = {
     ): "tests/conformance/test_anthropic.py::test_the_program_of_the_documentation_runs",
     ("docs/openai.md", "import tinker"): "tests/conformance/test_openai.py::test_the_program_of_the_documentation_runs",
     (
+        "docs/capture.md",
+        "import httpx",
+    ): "tests/conformance/test_capture.py::test_the_program_and_the_commands_of_the_page_train_an_adapter",
+    (
+        "docs/capture.md",
+        "knapper capture list",
+    ): "tests/conformance/test_capture.py::test_the_program_and_the_commands_of_the_page_train_an_adapter",
+    (
         "docs/export.md",
         "knapper export tinker://RUN",
     ): "tests/conformance/test_merging.py::test_an_export_is_the_model_that_is_served",

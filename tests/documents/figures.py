@@ -21,6 +21,7 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
     "README.md": [
         ("1.5 GB", "Makefile: (95 packages, 1.5 GB)"), ("0.5 GB", "(the converted model, as the demo leaves it)"),
     ],
+    "docs/capture.md": [("64 MiB", "limits:episode_bytes_max"), ("30 days", "limits:episode_s")],
     "docs/checkpoints.md": [
         ("75 s", _SDK), ("45 s", _SDK), ("30 s", _SDK), ("369 MB", _SHAPES), ("6 GB", _SHAPES),
         ("400 bytes", "(a manifest's size, about)"),
@@ -108,6 +109,11 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
 
 # The same of numbers in words, which stand on the page once each: (phrase, value, source).
 IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
+    "docs/capture.md": [
+        ("at most 1000 turns", 1000, "limits:episode_turns_max"),
+        ("a tenant 10,000 episodes", 10_000, "limits:episodes_max"),
+        ("each 1 to 128 letters", 128, "limits:name_chars_max"),
+    ],
     "docs/checkpoints.md": [
         ("**The files go** an hour after", 3600, "settings:keep_orphans_s"),
         ("unfinished ones after an hour |", 3600, "settings:keep_orphans_s"),

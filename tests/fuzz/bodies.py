@@ -125,7 +125,7 @@ def sample(world: World, rng: Random) -> Any:
 def job(rng: Random) -> dict[str, Any]:
     """One of each kind. JSON is YAML."""
     job: dict[str, Any] = {
-        "kind": rng.choice(["sft", "dpo", "rl"]), "data": "d.jsonl", "steps": 1, "seed": 3,
+        "kind": rng.choice(["sft", "dpo", "rl", "episodes"]), "data": "d.jsonl", "steps": 1, "seed": 3,
         "lora": {"rank": 2, "alpha": 4.0, "seed": 1, "train_unembed": True},
         "optimizer": {"learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 1, "grad_clip_norm": 0.5},
     }  # fmt: skip
@@ -137,6 +137,8 @@ def job(rng: Random) -> dict[str, Any]:
         }  # fmt: skip
     elif job["kind"] == "sft":
         job |= {"batch": {"sequences": 1}, "loss_on": ["assistant"], "evaluate": {"data": "e.jsonl", "every": 1}}
+    elif job["kind"] == "episodes":
+        job |= {"batch": {"episodes": 1}, "max_tokens": 64, "advantage": "group_centred"}
     else:
         job |= {"batch": {"pairs": 1}, "beta": 0.2, "max_tokens": 64}
     return job
@@ -147,6 +149,9 @@ def rows(kind: str) -> list[dict[str, Any]]:
         return [{"prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}]
     if kind == "dpo":
         return [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    if kind == "episodes":
+        sequence = {"tokens": [5, 6, 7], "sampled": [[1, 3]], "logprobs": [-0.5, -1.5]}
+        return [{"episode": "a", "group": "g", "reward": reward, "sequences": [sequence]} for reward in (0.0, 1.0)]
     return [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
 
 

@@ -13,13 +13,15 @@ from random import Random
 from typing import Any
 from urllib.parse import urlsplit
 
-from knapper.ids import Tenant
+from knapper.ids import EpisodeName, Tenant
 from knapper.state.api_keys import Keys
+from knapper.state.captures import Captures
 from knapper.store.directory import DirectoryStore
 from tests.fuzz import asks, bodies, json_body, mutations
 from tests.fuzz.asks import Way
 from tests.fuzz.bodies import PROTOBUF, Text, World
 from tests.fuzz.verdict import Answer, fault
+from tests.gateway.captured import captured_turn
 from tests.security.test_doors import Objects
 
 _ANSWER_S = 90.0  # the longest that any route but a poll may take, on a machine with much else to do
@@ -44,6 +46,12 @@ def new_key(data: Path, tenant: str, number: int) -> str:
     keys = Keys(DirectoryStore(data / "store"), time.time)
     made, _ = asyncio.run(keys.create(Tenant(tenant), "", lambda: hashlib.sha256(b"%d" % number).hexdigest()))
     return made
+
+
+def capture(data: Path, tenant: str, episode: str, number: int) -> None:
+    """Keep a turn of the episode, as a gateway does."""
+    captures = Captures(DirectoryStore(data / "store"), time.time, lambda: f"{number:032x}")
+    asyncio.run(captures.keep(Tenant(tenant), EpisodeName("", episode), captured_turn()))
 
 
 class Sender:
@@ -105,6 +113,7 @@ class Sender:
         files = {"job.yaml": Text([bodies.SHORT_JOB]), "d.jsonl": '{"prompt": "a", "completion": "b"}'}
         self._post("jobs", {"name": mine.job, "files": files})
         self._post(f"jobs/{mine.job}/cancel", None)
+        capture(self._data, "mallory", mine.job, next(self._numbers))
         self._world = world
 
     def close(self) -> None:

@@ -19,6 +19,13 @@ CHAT = {
 }
 
 
+def sequence(**changes: Any) -> dict[str, Any]:
+    return {"tokens": [1, 2, 3, 4], "sampled": [[1, 2], [3, 4]], "logprobs": [-0.5, -1.5]} | changes
+
+
+EPISODE = {"reward": 1, "sequences": [sequence()]}
+
+
 @pytest.mark.parametrize(
     ("kind", "row", "says"),
     [
@@ -41,6 +48,17 @@ CHAT = {
             "another text than `chosen`",
         ),
         ("dpo", {"prompt": "a", "chosen": "b"}, "rejected"),
+        ("episodes", {"reward": 1}, "sequences"),
+        ("episodes", {"reward": 1, "sequences": []}, "sequences"),
+        ("episodes", EPISODE | {"reward": 1.1e6}, "reward"),
+        ("episodes", EPISODE | {"sequences": [sequence(tokens=[1])]}, "tokens"),
+        ("episodes", EPISODE | {"sequences": [sequence(tokens=[1, -2, 3, 4])]}, "tokens"),
+        ("episodes", EPISODE | {"sequences": [sequence(sampled=[[0, 2]])]}, r"sampled\[0\] is \[0, 2\]; .* 1 <= first"),
+        ("episodes", EPISODE | {"sequences": [sequence(sampled=[[1, 5]])]}, "end <= 4"),
+        ("episodes", EPISODE | {"sequences": [sequence(sampled=[[1, 3], [2, 4]])]}, "3 <= first"),
+        ("episodes", EPISODE | {"sequences": [sequence(), sequence(sampled=[[2, 2]])]}, r"sequences\[1\].sampled\[0\]"),
+        ("episodes", EPISODE | {"sequences": [sequence(logprobs=[-1.0])]}, "logprobs is 1; allowed: 2"),
+        ("episodes", EPISODE | {"sequences": [sequence(weights=[1])]}, "weights"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(kind: str, row: object, says: str) -> None:
@@ -48,6 +66,7 @@ def test_a_wrong_row_is_named_with_its_line(kind: str, row: object, says: str) -
         "rl": {"prompt": "a"},
         "sft": CHAT,
         "dpo": {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "episodes": EPISODE,
     }[kind]
     more = "reward: {name: length, max: 1}" if kind == "rl" else ""
     job = spec.parse(f"kind: {kind}\ndata: d.jsonl\nsteps: 1\n{more}\n".encode()).job
@@ -238,3 +257,12 @@ def test_as_many_rows_as_are_allowed_and_one_more(
     assert len(datasets.rl("d", lines(*[{"prompt": "a"}] * 3).encode())) == 3
     with pytest.raises(JobError, match="line 4: its number of rows is 4; allowed: at most 3"):
         datasets.rl("d", lines(*[{"prompt": "a"}] * 4).encode())
+
+
+def test_an_episode_has_its_log_probabilities_where_it_was_sampled() -> None:
+    (row,) = datasets.episodes("d", lines(EPISODE | {"episode": "g/a", "group": "g"}).encode())
+    assert (row.episode, row.group, row.reward) == ("g/a", "g", 1.0)
+    (only,) = row.sequences
+    assert only.tokens_T.tolist() == [1, 2, 3, 4]
+    assert only.sampled_T.tolist() == [False, True, False, True]
+    assert only.logprobs_T.tolist() == [0.0, -0.5, 0.0, -1.5]

@@ -11,7 +11,7 @@ from knapper.jobs.spec import DpoJob, LossName, Optimizer, RlJob, SftJob
 from knapper.jobs.yaml_document import JobError
 
 DESIGN = b"""\
-kind: rl                      # or sft, dpo
+kind: rl                      # or sft, dpo, episodes
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 lora: {rank: 16, seed: 0}
 data: prompts.jsonl
@@ -59,7 +59,7 @@ def test_other_kinds() -> None:
     [
         (b"", 1, "its content", "a job"),
         (b"- a\n", 1, "its content", "a job"),
-        (b"kind: rlhf\n", 1, "kind", "rl, sft, dpo"),
+        (b"kind: rlhf\n", 1, "kind", "rl, sft, dpo, episodes"),
         (b"data: x\n", 1, "kind", "None"),
         (b"kind: rl\nsteps: 5\nsteps: 6\n", 3, "steps", "second time"),
         (b"kind: [\n", 2, "its syntax", "YAML"),

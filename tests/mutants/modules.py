@@ -32,6 +32,8 @@ MODULES: dict[str, Tests] = {
     "gateway/tenants.py": Tests(
         ("tests/gateway/test_tenants.py", "tests/security/test_keys.py"), ("tests/state/test_tokens.py",)
     ),
+    "knapper/state/captures.py": Tests(("tests/state/test_captures.py",), ("tests/gateway/openai/test_capture.py",)),
+    "knapper/jobs/captured.py": Tests(("tests/jobs/test_captured.py",)),
     "knapper/state/journal/accept.py": journal(),
     "knapper/state/journal/bundles.py": journal(),
     "knapper/state/journal/ends.py": journal(),

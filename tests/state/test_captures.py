@@ -128,16 +128,3 @@ def test_an_episode_is_deleted_once_it_is_too_old(kept: Kept) -> None:
     assert run(kept.captures.expire()) == 1
     assert run(kept.captures.begun(MINE)) == {}
     assert all("/two/" in name for name in kept.names())
-
-
-@pytest.mark.parametrize(
-    "value", ["", "/", "a/", "/a", "-", "a/-", "..", "a/../b", "a/b/c", "ä", "a b", "a\0", "x" * 129]
-)
-def test_a_name_that_cannot_be_is_refused(value: str) -> None:
-    with pytest.raises(InvalidField, match="GROUP/EPISODE"):
-        EpisodeName.parse(value, FIELD)
-
-
-def test_names_are_read_as_they_are_written() -> None:
-    for value in ("a", "g/a", "G.1/a_b-C", "x" * 128):
-        assert str(EpisodeName.parse(value)) == value

@@ -36,6 +36,8 @@ TRIGGERS: Final = (
             {"type": cloudevents.ADAPTER_STEPPED, "kind": "sft"},
             {"type": cloudevents.JOB_STARTED, "kind": "dpo"},
             {"type": cloudevents.ADAPTER_STEPPED, "kind": "dpo"},
+            {"type": cloudevents.JOB_STARTED, "kind": "episodes"},
+            {"type": cloudevents.ADAPTER_STEPPED, "kind": "episodes"},
         ),
     ),
     Trigger("gateway", ({"type": cloudevents.OBJECT_FINALIZED},), prefix="objects/inbox/"),
