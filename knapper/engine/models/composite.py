@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from knapper.engine.models.fields import Raw
+from knapper.engine.models.mlp import MixtureNames
 from knapper.errors import UserError
 
 BODY: Final = "model.language_model"  # the decoder's place in transformers' model of a composite
@@ -41,6 +42,7 @@ class Composite:
 
     `texts`: the architecture, by the `model_type` that text_config has, or None where it is silent. `silent`: what a
     text_config means by the fields that it lacks. `flat`: a config.json without text_config has its fields itself.
+    `experts`: how files name those of a layer, where they do it in another way than those of text alone.
     """
 
     model_type: str
@@ -48,6 +50,7 @@ class Composite:
     texts: Mapping[str | None, str]
     silent: Raw = field(default_factory=dict)
     flat: bool = False
+    experts: MixtureNames | None = None
 
     def text(self, raw: Raw, directory: Path) -> dict[str, Any]:
         """The config.json of the text part alone. Raises UnsupportedText for one that is missing or of another kind."""
