@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.cookbook.loops import LOOPS, Loop, distilled_from_another_model, refused
+from tests.conformance.cookbook.loops import LOOPS, Loop, distilled_from_another_model, learned_and_reinforced, refused
 from tests.conformance.cookbook.page import COMMAND, PATH, figures_of, render
 from tests.conformance.cookbook.workplace import COOKBOOK, MODEL, TEACHER, Workplace, installed, opened
 
@@ -43,6 +43,20 @@ def test_a_student_is_taught_by_another_base_model(tmp_path: Path) -> None:
         assert {f"engine:{name}" for name in (MODEL, TEACHER)} <= set(workplace.server.processes())
     assert len(divergences) == 2
     assert min(divergences) > 1, "of a student that is its own teacher it is 0"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_moe", "nemotron_h"])
+def test_hybrids_and_mixtures_are_taught_and_reinforced(tmp_path: Path, kind: str) -> None:
+    """Layers with a state, experts, and both. What samples is what is trained, to rounding."""
+    assert installed()
+    with opened(tmp_path, kind=kind) as workplace:
+        losses, distances = learned_and_reinforced(workplace, 3)
+        assert "Traceback" not in workplace.server.log()
+    print(f"{kind}: loss {losses[0]:.3g} -> {losses[-1]:.3g}, distances {distances}")
+    assert losses[-1] < 0.6 * losses[0], losses
+    assert len(distances) == 3
+    assert max(distances) < 1e-8, distances
 
 
 @pytest.mark.parametrize("options", [{}, {"max_steps_off_policy": 1}], ids=["synchronous", "asynchronous"])

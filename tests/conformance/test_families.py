@@ -1,5 +1,5 @@
-"""Through the whole stack, natively: Gemma 3, with windows, two rotary bases and norms on both sides; mixtures; and
-Qwen 3.5, whose layers have states.
+"""Through the whole stack, natively: Gemma 3, with windows, two rotary bases and norms on both sides; Qwen 3.5, whose
+layers have states; Nemotron 3, which has them and experts; and with `-m long` other mixtures.
 """
 
 import re
@@ -20,6 +20,18 @@ from tests.conformance.server import Server
 from tests.engine.strange import strange_model
 
 ADAM = types.AdamParams(learning_rate=1e-2)
+LONG = pytest.mark.long
+MORE = (
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "lfm2_moe",
+    "nemotron_h_latent",
+    "qwen3_next",
+)
 LENGTHS = (40, 90, 17)  # windows are of 16 tokens, chunks of the delta rule of 32
 
 
@@ -33,7 +45,9 @@ def step(client: tinker.TrainingClient, n: int) -> list[bytes]:
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe", "qwen3_5", pytest.param("gpt_oss", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kind", ["gemma3", "qwen3_5", "nemotron_h", *(pytest.param(kind, marks=LONG) for kind in MORE)]
+)
 def test_a_run_survives_a_kill_samples_what_it_trained_and_loads_in_peft(tmp_path: Path, kind: str) -> None:
     model = strange_model(tmp_path / kind, kind)
     with (

@@ -18,6 +18,8 @@ _QWEN: Final[dict[str, Any]] = {"depth": 1, "hidden_size": 32, "intermediate_siz
 _IMAGE_TOKENS: Final = {"image_token_id": 250, "video_token_id": 251}
 _QWEN2: Final = {name: value for name, value in NATIVE["qwen2"][1].items() if name != "use_sliding_window"}
 
+_OF_TEXT: Final = ("norm_topk_prob", "num_local_experts")
+
 # (configuration, that of its text, what it has beside it)
 COMPOSITE: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
     "gemma3": (
@@ -55,6 +57,24 @@ COMPOSITE: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             **_IMAGE_TOKENS,
         },
     ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeConfig",
+        {
+            **{name: value for name, value in NATIVE["qwen3_moe"][1].items() if name not in _OF_TEXT},
+            "num_experts": 6,
+            "mlp_only_layers": [1],
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True,
+            },
+        },
+        {
+            "vision_config": {
+                **_QWEN, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            },
+            "tie_word_embeddings": False,
+            **_IMAGE_TOKENS,
+        },
+    ),
     "qwen3_5": (
         "Qwen3_5Config",
         {
@@ -80,7 +100,7 @@ COMPOSITE: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
     ),
 }  # fmt: skip
 _SEEDS: Final = {"qwen3_5_moe": 2}  # a draw that does not make much of rounding
-_LATEST: Final = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")  # of which there are no older files
+_LATEST: Final = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")  # of which there are no older files
 # Names as transformers has them now, and as most published files do.
 LAYOUTS: Final = ("present", "older")
 CASES: Final = [
@@ -116,8 +136,12 @@ def composite_model(directory: Path, kind: str, layout: str = "present") -> Path
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
-    """Of a tied head the matrix once."""
-    return {name: tensor.detach().contiguous() for name, tensor in model.named_parameters()}
+    """Of a tied head the matrix once; joined experts as files have them."""
+    turned = model.config.model_type == "qwen3_vl_moe"
+    return {
+        name: (tensor.transpose(1, 2) if turned and ".experts." in name else tensor).detach().contiguous()
+        for name, tensor in model.named_parameters()
+    }
 
 
 def _named(name: str, kind: str, layout: str) -> str:

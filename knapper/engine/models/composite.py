@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from knapper.engine.models.fields import Raw
+from knapper.engine.models.mlp import MixtureNames
 from knapper.errors import UserError
 
 PREPROCESSOR: Final = "preprocessor_config.json"
@@ -42,7 +43,8 @@ class Composite:
 
     `texts`: the architecture, by the `model_type` that text_config has, or None where it is silent. `silent`: what a
     text_config means by the fields that it lacks. `flat`: a config.json without text_config has its fields itself.
-    `images`: knapper.engine.images computes what the checkpoint has for images.
+    `experts`: how files name those of a layer, where they do it in another way than those of text alone. `images`:
+    knapper.engine.images computes what the checkpoint has for images.
     """
 
     model_type: str
@@ -50,6 +52,7 @@ class Composite:
     texts: Mapping[str | None, str]
     silent: Raw = field(default_factory=dict)
     flat: bool = False
+    experts: MixtureNames | None = None
     images: bool = False
 
     def axes(self, raw: Raw, directory: Path) -> tuple[int, int, int] | None:

@@ -14,7 +14,7 @@ from knapper.engine.models.fields import Raw, UnsupportedModel, listed, number, 
 from knapper.engine.models.gaps import MISSING
 from knapper.engine.models.layer import Attention, Layer
 from knapper.engine.models.linear_shape import Part, expert_names
-from knapper.engine.models.mlp import Mixture
+from knapper.engine.models.mlp import Mixture, MixtureNames
 from knapper.engine.models.packed import Packing, refusal
 from knapper.engine.models.recurrent import Recurrent
 from knapper.engine.models.registry import ARCHITECTURES, COMPOSITES
@@ -182,13 +182,13 @@ class ModelConfig:
         if (composite := composite_of(raw)) is None:
             return cls._of(raw, directory)
         try:
-            text = cls._of(composite.text(raw, directory), directory)
+            text = cls._of(composite.text(raw, directory), directory, composite.experts)
             return replace(text, body=BODY, image_axes=composite.axes(raw, directory))
         except UnsupportedModel as error:
             raise UnsupportedText(f"text_config, of a model of type {composite.model_type}: {error}") from error
 
     @classmethod
-    def _of(cls, raw: Raw, directory: Path) -> "ModelConfig":
+    def _of(cls, raw: Raw, directory: Path, experts: MixtureNames | None = None) -> "ModelConfig":
         path = directory / "config.json"
         _expect_few_layers(raw, path)
         _expect_whole(raw, directory)
@@ -199,6 +199,8 @@ class ModelConfig:
                 f"{directory}: model_type is {raw.get('model_type')!r} (architecture {names}); "
                 f"supported: {', '.join(ARCHITECTURES)}"
             )
+        if experts is not None and architecture.mixture is not None:
+            architecture = replace(architecture, mixture=replace(architecture.mixture, names=experts))
         if reason := architecture.refusal(raw):
             raise UnsupportedModel(f"{directory}: {architecture.model_type} with {reason} is not supported")
         return cls(

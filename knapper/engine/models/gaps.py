@@ -6,10 +6,7 @@ The source is transformers' `modeling_<model_type>.py`, and the published config
 from collections.abc import Mapping
 from typing import Final
 
-_FUSED: Final = "experts that are one tensor in the file"
-
 MISSING: Final[Mapping[str, str]] = {
     "deepseek_v4": "attention over compressed keys",
     "kimi_k25": "experts in four bits of another format (compressed-tensors)",
-    "qwen3_vl_moe": _FUSED,
 }

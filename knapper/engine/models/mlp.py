@@ -103,8 +103,9 @@ class MixtureNames:
     """Within the layer: the router, the linears of an expert, {} for its number, what every row goes through, and the
     linear of its weight, if it has one. Without `gate` experts, and what is beside them, have up and down alone.
     `latent`: the linears before and behind the experts, where they compute in fewer numbers. `joined`: the tensors of
-    all experts' gate and up, and of their down, in architectures of which files may have them so. `whole`: they have
-    them in no other way, gate and up as one linear whose outputs alternate, with biases, and so have adapters.
+    all experts' gate and up, and of their down, in architectures of which files may have them so; `turned`: inputs
+    before outputs. `whole`: they have them in no other way, gate and up as one linear whose outputs alternate, with
+    biases, and so have adapters.
     """
 
     router: str = "mlp.gate"
@@ -116,6 +117,7 @@ class MixtureNames:
     shared_gate: str | None = None
     latent: tuple[str, str] | None = None
     joined: tuple[str, str] | None = None
+    turned: bool = False
     whole: bool = False
 
     @property
@@ -200,8 +202,10 @@ class Mixture:
         gate_up, down = self.names.joined
         experts, width = self.routing.experts, self.width
         if not self.names.whole:
-            wide = self.latent or hidden
-            return {gate_up: (experts, len(self.inputs(hidden)) * width, wide), down: (experts, wide, width)}
+            wide, both = self.latent or hidden, len(self.inputs(hidden)) * width
+            if self.names.turned:
+                return {gate_up: (experts, wide, both), down: (experts, width, wide)}
+            return {gate_up: (experts, both, wide), down: (experts, wide, width)}
         biases = {f"{gate_up}_bias": (experts, 2 * width), f"{down}_bias": (experts, hidden)}
         return {gate_up: (experts, hidden, 2 * width), down: (experts, width, hidden), **biases}
 

@@ -35,7 +35,7 @@ from knapper.engine.models.config import ModelConfig
 from knapper.engine.models.layer import Attention, LatentAttention, Layer, SelfAttention
 from knapper.engine.models.layer import Mixer as MixerFacts
 from knapper.engine.models.linear_shape import LinearShape
-from knapper.engine.models.mlp import FeedForward, Mixture
+from knapper.engine.models.mlp import FeedForward, Mixture, MixtureNames
 from knapper.engine.models.packed import PackedTensor
 from knapper.engine.models.recurrent import GatedDelta, Mamba2, Recurrent, ShortConvolution
 from knapper.engine.models.tensor_header import TensorHeader
@@ -218,8 +218,8 @@ class _Loader:
             router=self._routers(index, facts.routers(hidden), wide),
             correction_E=corrections[0] if corrections else None,
             latents=tuple(self._sites(index, [shape]) for shape in facts.latents(hidden)),
-            inputs=self._experts(index, inputs),
-            down=self._experts(index, outputs),
+            inputs=self._experts(index, inputs, facts.names),
+            down=self._experts(index, outputs, facts.names),
             shared=None if facts.shared is None else self._feed_forward(index, facts.shared),
         )
 
@@ -228,13 +228,14 @@ class _Loader:
         inputs, down = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
         return FeedForwardBlock(facts, inputs, down)
 
-    def _experts(self, index: int, shapes: Sequence[LinearShape]) -> ExpertSites:
+    def _experts(self, index: int, shapes: Sequence[LinearShape], names: MixtureNames) -> ExpertSites:
         """Of every expert its linears of the same input as one; of a tensor of all experts, views."""
         if shapes[0].whole:
             return self._whole_experts(index, shapes[0])
         joined = f"model.layers.{index}.{shapes[0].joined}"
         if shapes[0].joined is not None and joined in self.tensors:
             w_EOI = self.tensors.take(joined)
+            w_EOI = w_EOI.transpose(1, 2).contiguous() if names.turned else w_EOI
             experts = [w_OI.split([shape.outputs for shape in shapes]) for w_OI in w_EOI]
             return ExpertSites(_names(index, shapes), ExpertLinears(experts, self.dtype, self.exactness, w_EOI))
         modules = zip(*(shape.modules for shape in shapes), strict=True)

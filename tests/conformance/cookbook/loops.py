@@ -233,6 +233,18 @@ def _scored(at: Workplace, _: int) -> Seen:
     return Seen(difference, difference, 3)
 
 
+def learned_and_reinforced(at: Workplace, steps: int) -> tuple[list[float], list[float]]:
+    """Losses of SFT, and what RL that goes on from there says of sampler and trainer: half their mean square."""
+    losses = at.taught.series(_nll)
+    ran = at.recipe(
+        "math_rl.train", load_checkpoint_path=at.taught.checkpoint["state_path"], lora_rank=8, max_tokens=9,
+        group_size=4, groups_per_batch=4, learning_rate=8e-4, loss_fn="importance_sampling", eval_every=0,
+        save_every=0, max_steps=steps,
+    )  # fmt: skip
+    assert len(ran.series(_reward)) == steps
+    return losses, ran.series(_sampled_and_trained)
+
+
 def refused(at: Workplace, **options: Any) -> str:
     """What a user of `math_rl` reads who leaves the loss as it is."""
     try:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from tests.conformance.cookbook import material
 from tests.conformance.server import Server
+from tests.engine.strange import strange_model
 from tests.engine.tiny import tiny_model
 
 COOKBOOK = Path(sys.prefix) / "tinker-cookbook"
@@ -135,11 +136,17 @@ def installed() -> bool:
 
 
 @contextmanager
-def opened(directory: Path, *others: str) -> Iterator[Workplace]:
-    """A server over `directory`, and a workplace beside it. `others`: base models that it serves besides."""
+def opened(directory: Path, *others: str, kind: str | None = None) -> Iterator[Workplace]:
+    """A server over `directory`, and a workplace beside it. `others`: base models that it serves besides. `kind`: of
+    tests.engine.strange, what the model is under its name; None: what the name says.
+    """
     cache, here = directory / "models", directory / "work"
     for seed, name in enumerate((MODEL, *others)):
-        model = tiny_model(cache / name.replace("/", "--"), seed=seed, kind="qwen3", context=_context)
+        place = cache / name.replace("/", "--")
+        if kind is None:
+            model = tiny_model(place, seed=seed, kind="qwen3", context=_context)
+        else:
+            model = strange_model(place, kind, seed=seed, max_position_embeddings=_context)
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).symlink_to(model)
     material.lay_out(here)

@@ -6,6 +6,7 @@ from knapper.engine.models.architecture import OPTIONS, Architecture, Windows, b
 from knapper.engine.models.composite import Composite
 from knapper.engine.models.fields import Raw
 from knapper.engine.models.mixture_rule import MixtureRule, always, every_layer, never
+from knapper.engine.models.mlp import MixtureNames
 
 
 def _after_the_full_ones(raw: Raw, index: int) -> bool:
@@ -53,5 +54,12 @@ COMPOSITES: Final = (
         {"qwen3_vl_text": "qwen3", None: "qwen3"},
         {"rope_theta": 500000.0, "head_dim": 128},
         images=True,
+    ),
+    Composite(
+        "qwen3_vl_moe",
+        "Qwen 3 VL 30B-A3B and 235B-A22B",
+        {"qwen3_vl_moe_text": "qwen3_moe", None: "qwen3_moe"},
+        {"rope_theta": 500000.0, "norm_topk_prob": True},
+        experts=MixtureNames(joined=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), turned=True),
     ),
 )
