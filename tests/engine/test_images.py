@@ -207,11 +207,11 @@ SIZES = ((10, 20), (64, 96), (50, 33), (400, 90), (31, 900), (600, 600))
 
 
 def test_an_image_has_the_tokens_that_the_cookbook_counts(trainer: Trainer, directory: Path) -> None:
-    """As its renderers do, by the model's processor; scaled up, scaled down, and with an alpha channel."""
+    """As its renderers do, by the model's processor; scaled up, scaled down, in all kinds of colours."""
     processor: Any = Qwen2VLImageProcessorPil.from_pretrained(directory)
     for width, height in SIZES:
         count = processor.get_number_of_image_patches(height, width, images_kwargs={}) // processor.merge_size**2
-        for mode, kind in (("RGB", "jpeg"), ("RGBA", "png"), ("L", "png")):
+        for mode, kind in (("RGB", "jpeg"), ("CMYK", "jpeg"), ("RGBA", "png"), ("P", "png"), ("I;16", "png")):
             out = io.BytesIO()
             Pillow.new(mode, (width, height)).save(out, kind)
             image = Image(0, count, 0, kind, out.getvalue())
