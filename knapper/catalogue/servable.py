@@ -101,8 +101,8 @@ class _Config(msgspec.Struct):
 
 
 def not_served(directory: Path) -> str:
-    """What of a checkpoint is left out, and how large it is; empty for a model of text."""
-    if not is_composite(directory):
+    """What of a checkpoint is left out, and how large it is; empty for a model of text, and where images are served."""
+    if not is_composite(directory) or weight_files.vision_entries(directory):
         return ""
     return (
         f"not served: {sized(weight_files.skipped_bytes(directory))} of weights that a text does not need are skipped"

@@ -50,7 +50,9 @@ def image(width: int, height: int, *, seed: int = 0, kind: Any = "png", tokens: 
 
 
 def prompt(*parts: Part) -> types.ModelInput:
-    chunks = [types.EncodedTextChunk(tokens=part) if isinstance(part, list) else part for part in parts]
+    chunks: list[types.ModelInputChunk] = [
+        types.EncodedTextChunk(tokens=part) if isinstance(part, list) else part for part in parts
+    ]
     return types.ModelInput(chunks=chunks)
 
 
@@ -73,7 +75,7 @@ def in_whole(model: Any, directory: Path, chunks: Sequence[types.ModelInputChunk
     processor: Any = Qwen2VLImageProcessorPil.from_pretrained(directory)
     inputs = processor(images=opened, return_tensors="pt")
     with torch.no_grad():
-        logits = model(input_ids=ids, mm_token_type_ids=(ids == IMAGE_TOKEN).int(), **inputs).logits
+        logits: torch.Tensor = model(input_ids=ids, mm_token_type_ids=(ids == IMAGE_TOKEN).int(), **inputs).logits
     return logits[0].log_softmax(-1)
 
 

@@ -65,7 +65,11 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("10 minutes", "limits:job_missing_s"), ("256 MiB", "limits:job_file_bytes_max"),
         ("0.308 s", "docs/performance.md"), ("0.494 s", "docs/performance.md"),
     ],
-    "docs/models.md": [("50 ms", "(measured at the start, about)")],
+    "docs/models.md": [
+        ("256 MiB", "knapper/engine/images/tower.py: FEATURES_BYTES_MAX: Final = 256 * limits.MIB"),
+        ("8 MiB", "limits:image_bytes_max"),
+        ("50 ms", "(measured at the start, about)"),
+    ],
     "docs/openai.md": [("64 KiB", "limits:grammar_bytes_max"), ("4 MiB", "limits:text_body_bytes_max")],
     "docs/operating.md": [
         ("30 s", "limits:slice_s"),

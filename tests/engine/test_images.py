@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as Pillow
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from knapper import limits
 from knapper.engine.models import loader
+from knapper.engine.models.composite import PREPROCESSOR
+from knapper.engine.models.tensor_header import BrokenModel
 from knapper.engine.sampling import decode_batch
 from knapper.engine.training.batch import micro_batches
 from knapper.engine.training.trainer import Trainer
+from knapper.errors import InvalidField, TooLarge
 from knapper.wire.types import AdamW, Datum, Image, Int32, SampleRequest
 from tests.engine.pictures import IMAGE_TOKEN, picture, picture_model, with_images
 from tests.engine.runs import done, request, spec
@@ -196,3 +201,55 @@ def test_parked_sequences_go_on_with_their_positions(
     assert scarce.sampler.counters.parked > 0
     for each, output in zip(requests, together, strict=True):
         assert same(output.sequences[0], house.run(each)[0].sequences[0])
+
+
+SIZES = ((10, 20), (64, 96), (50, 33), (400, 90), (31, 900), (600, 600))
+
+
+def test_an_image_has_the_tokens_that_the_cookbook_counts(trainer: Trainer, directory: Path) -> None:
+    """As its renderers do, by the model's processor; scaled up, scaled down, in all kinds of colours."""
+    processor: Any = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    for width, height in SIZES:
+        count = processor.get_number_of_image_patches(height, width, images_kwargs={}) // processor.merge_size**2
+        for mode, kind in (("RGB", "jpeg"), ("CMYK", "jpeg"), ("RGBA", "png"), ("P", "png"), ("I;16", "png")):
+            out = io.BytesIO()
+            Pillow.new(mode, (width, height)).save(out, kind)
+            image = Image(0, count, 0, kind, out.getvalue())
+            (placed,) = trainer.decoder.placed([image], "prompt")
+            assert placed.tokens == count
+            inputs = {"target_tokens": np.zeros(count, np.int64), "weights": np.ones(count, np.float32)}
+            single = Datum(np.zeros(count, np.int32), inputs, (image,))
+            done(trainer.forward_backward(trainer.create(spec()), request([single], forward_only=True)))
+
+
+def test_limits_of_an_image_are_allowed_themselves(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = picture(64, 96)
+    image = Image(0, 6, 3, "png", data)
+    monkeypatch.setattr(limits, "image_bytes_max", len(data))
+    monkeypatch.setattr(limits, "image_pixels_max", 64 * 96)
+    assert trainer.decoder.placed([image], "prompt")[0].grid == (3, 2)
+    monkeypatch.setattr(limits, "image_bytes_max", len(data) - 1)
+    with pytest.raises(TooLarge, match=rf"prompt.chunks\[3\].data has {len(data)} bytes; allowed: {len(data) - 1}"):
+        trainer.decoder.placed([image], "prompt")
+    monkeypatch.setattr(limits, "image_bytes_max", len(data) * 2)
+    monkeypatch.setattr(limits, "image_pixels_max", 64 * 96 - 1)
+    with pytest.raises(TooLarge, match=r"has 64 x 96 pixels; allowed: 6143"):
+        trainer.decoder.placed([replace(image, data=picture(64, 96, seed=1234))], "prompt")
+    with pytest.raises(InvalidField, match=r"format is 'gif'; allowed: png, jpeg"):
+        trainer.decoder.placed([replace(image, format="gif")], "prompt")
+
+
+def test_a_tower_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    """Without its processor's configuration the text is served alone; a tower that lacks a tensor is broken."""
+    directory = picture_model(tmp_path)
+    path = next(p for p in directory.glob("*.safetensors") if any("visual" in name for name in load_file(p)))
+    tensors = load_file(path)
+    gone = next(name for name in tensors if "visual" in name)
+    save_file({name: each for name, each in tensors.items() if name != gone}, path, {"format": "pt"})
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(f'"{gone}"', '"lm_head.weight"'))
+    with pytest.raises(BrokenModel, match=f"vision tower.*{gone.removeprefix('model.visual.')}"):
+        loader.load(directory)
+    (directory / PREPROCESSOR).unlink()
+    with pytest.raises(InvalidField, match=r"prompt.chunks\[0\] is 'image'.*text only"):
+        loader.load(directory).placed([Image(0, 6, 0, "png", picture(64, 96))], "prompt")

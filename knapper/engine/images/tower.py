@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from cachetools import LRUCache
 from torch import Tensor
+from transformers.initialization import no_init_weights
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -64,7 +65,7 @@ def _loaded(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
     model: Any = Qwen3VLVisionModel
     try:
         config = Qwen3VLVisionConfig(**{k: v for k, v in raw["vision_config"].items() if k != "model_type"})
-        with torch.device("meta"):
+        with no_init_weights():  # not on the meta device: there its buffers, which are in no file, would have no values
             module = model._from_config(config, attn_implementation="sdpa", dtype=dtype)
     except Exception as error:
         raise BrokenModel(f"{directory}: transformers makes no vision tower of its config.json: {error!r}") from error
@@ -84,5 +85,4 @@ def _loaded(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
         with weight_files.opened(header.path, "pt") as file:
             tensors[name] = file.get_tensor(header.stored).to(device, dtype)
     module.load_state_dict(tensors, assign=True)
-    module.rotary_pos_emb = type(module.rotary_pos_emb)(config).to(device)  # its buffers are in no file
-    return module
+    return module.to(device)

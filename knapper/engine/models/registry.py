@@ -52,7 +52,8 @@ def composite_table() -> str:
     """The table of docs/models.md of checkpoints whose text part is served."""
     head = "| model type | checkpoints | computed as |\n|---|---|---|\n"
     rows = (
-        f"| `{row.model_type}` | {row.models} | {', '.join(sorted(set(row.texts.values())))} |\n"
+        f"| `{row.model_type}` | {row.models} | {', '.join(sorted(set(row.texts.values())))}"
+        f"{', with images' if row.images else ''} |\n"
         for row in COMPOSITES.values()
     )
     return head + "".join(rows)

@@ -591,7 +591,7 @@ def _sample(world: World, **more: Any) -> Any:
 
 
 def _image() -> types.ModelInput:
-    return types.ModelInput(chunks=[types.ImageChunk(data=b"", format="png")])
+    return types.ModelInput(chunks=[types.ImageChunk(data=b"", format="png", expected_tokens=1)])
 
 
 REFUSALS = [
@@ -632,12 +632,12 @@ REFUSALS = [
         ),
     ),
     Refusal(
-        "images and audio in a prompt",
+        "images in a prompt, of a model of text",
         "This model is text only: send token ids",
         lambda world: world.base.sample(_image(), 1, types.SamplingParams(max_tokens=1)),
     ),
     Refusal(
-        "images and audio in training data",
+        "images in training data, of a model of text",
         "This model is text only: send token ids",
         lambda world: world.training.forward_backward(
             [types.Datum(model_input=_image(), loss_fn_inputs={"target_tokens": [1], "weights": [1.0]})],
