@@ -151,7 +151,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(ge=0, le=1, description="vLLM's fraction of a GPU's memory; 0: what training leaves, or 0.9 alone."),
     ] = 0.0
     vllm_idle_s: Annotated[
-        float, Meta(ge=0, le=86400, description="Idle time after which vLLM releases its memory; 0 disables.")
+        float, Meta(ge=0, le=86400, description="Idle time until vLLM sleeps; 0: never. Unset: 10 beside training.")
     ] = 0.0
     vllm_adapter_directory: Annotated[
         Path, Meta(description="An in-memory file system for vLLM's adapters; each process has a directory there.")

@@ -69,6 +69,7 @@ ELSEWHERE = {
         "knapper/local/broker/delivery.py": "_BACK_OFF_S _BACK_OFF_MAX_S",
         "knapper/local/broker/watcher.py": "_STILL_S _LOOK_S",
         "knapper/local/on_demand.py": "stop_grace_s _backoff_s_max _START_POLL_S _POLL_S",
+        "knapper/serving/backend.py": "_IDLE_S",
         "knapper/serving/idle.py": "_FIRST_S _DRAIN_S",
         "knapper/state/gc/collector.py": "_PACE_S _PAUSE_MAX_S _LISTING_S _FAR_S",
         "knapper/state/gc/session.py": "_HELD_S",

@@ -14,12 +14,13 @@ import structlog
 
 from knapper.catalogue import servable
 from knapper.errors import InvalidField
-from knapper.settings import Settings
+from knapper.settings import Settings, variable
 
 _HALF: Final = 0.45  # of a card, for training, where nobody says more
 _BETWEEN: Final = 0.05  # of a card: what CUDA takes for two processes beyond their parts
 _ALONE: Final = 0.9  # of a card, for vLLM without a neighbour
 _VLLM_LEAST: Final = 0.1
+_IDLE_S: Final = 10.0  # longer than the pauses within a batch of samples, shorter than training steps are worth
 _NVIDIA: Final = Path("/proc/driver/nvidia")
 
 log = structlog.get_logger()
@@ -105,7 +106,10 @@ def divided(settings: Settings, environ: Mapping[str, str]) -> Settings:
     if memory > left:
         allowed = f"up to {left:g}, which training leaves of the card (KNAPPER_GPU_MEMORY_SHARE is {share:g})"
         raise InvalidField("KNAPPER_VLLM_MEMORY", memory, allowed, "Unset it, or lower KNAPPER_GPU_MEMORY_SHARE")
-    return msgspec.structs.replace(settings, gpu_memory_share=share, vllm_memory=memory)
+    # In one process training has vLLM's memory while that sleeps (knapper.serving.lent_memory): worth it by default.
+    unset = variable("vllm_idle_s") not in environ and _trains_too(environ)
+    idle_s = _IDLE_S if unset else settings.vllm_idle_s
+    return msgspec.structs.replace(settings, gpu_memory_share=share, vllm_memory=memory, vllm_idle_s=idle_s)
 
 
 def _trains_too(environ: Mapping[str, str]) -> bool:

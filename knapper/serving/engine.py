@@ -44,6 +44,7 @@ from knapper.observability.metrics import Reading
 from knapper.serving import backend
 from knapper.serving.handover import HandingMachine, handover
 from knapper.serving.identity import ProcessIdentity
+from knapper.serving.lent_memory import borrow
 from knapper.serving.probe_results import StoredChoices
 from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
@@ -142,6 +143,7 @@ def engine() -> ServingEngine:
     _log_loaded(settings, model, terms, _promise(loaded.exactness, device), time.monotonic() - began)
     sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device, model.dtype), account)
     metrics.Readings([*readings(machine, sampler), *memory_readings(account)])
+    borrow(settings, executor, machine.scheduler, model)
     runs = _runs(store, machine, terms, settings, account)
     quiesce.before(sampler.release)
     quiesce.before(runs.quiesce)

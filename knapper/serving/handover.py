@@ -1,4 +1,5 @@
-"""What training hands to vLLM where both are in one process, on one card: adapters, as soon as they are saved.
+"""What training and vLLM hand to each other where both are in one process, on one card: adapters, as soon as they are
+saved, and the memory of a vLLM that sleeps.
 
 A save is answered once its bundle is durable, here as anywhere. While the store takes it, its adapter goes to vLLM's
 memory file system as well. A sample names the bundle, whose index says which content is meant: so nothing is sampled
@@ -7,7 +8,7 @@ that is not durable, and what is need not be read from the store again.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Final
+from typing import Final, Protocol
 
 from knapper.engine.training.trainer import RunState
 from knapper.state.journal.machine import Files, Machine, Outcome
@@ -18,11 +19,20 @@ _FOR_SAMPLERS: Final = "save_weights_for_sampler"
 Taker = Callable[[Spec, Files], None]
 
 
+class Borrower(Protocol):
+    async def lend(self) -> None:
+        """It may use more memory from now on."""
+
+    async def reclaim(self) -> None:
+        """It has given that memory back when this returns."""
+
+
 class Handover:
-    """From those that save to those that sample; without the latter nothing is handed over."""
+    """Between the engine and vLLM of a process; without one of them nothing is handed over."""
 
     def __init__(self) -> None:
         self._takers: list[Taker] = []
+        self._borrower: Borrower | None = None
 
     def to(self, taker: Taker) -> None:
         """`taker` is called for each adapter that is saved for a sampler from now on, on the event loop."""
@@ -31,6 +41,18 @@ class Handover:
     def saved(self, spec: Spec, files: Files) -> None:
         for taker in self._takers:
             taker(spec, files)
+
+    def lends_to(self, borrower: Borrower) -> None:
+        """`borrower` has vLLM's memory while that sleeps."""
+        self._borrower = borrower
+
+    async def lend(self) -> None:
+        if self._borrower is not None:
+            await self._borrower.lend()
+
+    async def reclaim(self) -> None:
+        if self._borrower is not None:
+            await self._borrower.reclaim()
 
 
 @cache

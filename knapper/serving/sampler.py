@@ -62,7 +62,7 @@ def by_vllm(settings: Settings) -> Served:
     began = time.monotonic()
     expect_files(Path(settings.model_directory))
     store = CountedStore(open_store(settings))
-    sampler, context, dtype = open_sampler(settings, store, os.environ)
+    sampler, context, dtype = open_sampler(settings, store, os.environ, handover())
     handover().to(sampler.offer)
     metrics.stage("weights", time.monotonic() - began)
     job_services = open_job_services(settings, store, time.time)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
@@ -18,14 +18,30 @@ _ABANDON_EVERY_S: Final = 0.2  # a start without a process may have one a moment
 log = structlog.get_logger()
 
 
+class Neighbour(Protocol):
+    """The other user of the card."""
+
+    async def lend(self) -> None:
+        """The core has released its memory: it may be used."""
+
+    async def reclaim(self) -> None:
+        """The core is about to take its memory, which is free when this returns."""
+
+
 class CoreLifecycle:
     """`start` blocks until a core can sample. `idle_s`: idle time after which memory is released; 0: never.
 
-    On one GPU, that is how train_step and sample take turns.
+    On one GPU, that is how train_step and sample take turns; `neighbour` is told, if it is in this process.
     """
 
-    def __init__(self, start: Callable[[], Core], idle_s: float, attempts: Attempts | None = None) -> None:
-        self._start, self._idle_s = start, idle_s
+    def __init__(
+        self,
+        start: Callable[[], Core],
+        idle_s: float,
+        attempts: Attempts | None = None,
+        neighbour: Neighbour | None = None,
+    ) -> None:
+        self._start, self._idle_s, self._neighbour = start, idle_s, neighbour
         self._attempts = attempts or Attempts("vLLM", time.monotonic)  # noqa: TID251  only times retries
         self._core: Core | None = None
         self._loaded: dict[int, asyncio.Future[None]] = {}  # adapters of this core, by number
@@ -97,6 +113,8 @@ class CoreLifecycle:
             if not core.ended and await core.sleep():
                 self._asleep = True
                 log.info("vllm: asleep")
+                if self._neighbour is not None:
+                    await self._neighbour.lend()
                 return
         except CoreEnded:
             pass  # an ended core has released it
@@ -162,11 +180,13 @@ class CoreLifecycle:
         return await asyncio.shield(self._waking)
 
     async def _wake(self) -> Core:
-        core, self._asleep = self._core, False
+        if self._asleep and self._neighbour is not None:
+            await self._neighbour.reclaim()
+        core, asleep, self._asleep = self._core, self._asleep, False
         if core is not None and not core.ended:
-            if self._patched is core:
+            if asleep:
                 await core.wake()
-            else:
+            if self._patched is not core:  # its first sample
                 await core.patch()
                 self._patched = core
             return core

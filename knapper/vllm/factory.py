@@ -27,7 +27,7 @@ from knapper.store import Store
 from knapper.vllm.adapters import AdapterFiles, refusal
 from knapper.vllm.core import Core, Options
 from knapper.vllm.device_time import DeviceTime
-from knapper.vllm.engine import CoreLifecycle
+from knapper.vllm.engine import CoreLifecycle, Neighbour
 from knapper.vllm.fair_queue import SlotQueue
 from knapper.vllm.sampler import VllmSampler
 
@@ -39,8 +39,11 @@ _BLOCK: Final = 128  # positions in a block of the KV cache there
 log = structlog.get_logger()
 
 
-def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, str]) -> tuple[VllmSampler, int, str]:
-    """(the sampler, the context in tokens, the dtype). Blocks until it can sample, or vLLM did not start.
+def open_sampler(
+    settings: Settings, store: Store, environ: MutableMapping[str, str], neighbour: Neighbour | None = None
+) -> tuple[VllmSampler, int, str]:
+    """(the sampler, the context in tokens, the dtype). Blocks until it can sample, or vLLM did not start. `neighbour`:
+    of this process on the same card.
 
     Raises UnsupportedModel for an architecture outside of the native registry, whose target modules are unknown,
     InvalidField for a checkpoint of which the text part alone is served, a mixture of experts, and layers with states.
@@ -75,7 +78,7 @@ def open_sampler(settings: Settings, store: Store, environ: MutableMapping[str, 
         sleeps=device == "cuda" and settings.vllm_idle_s > 0,
     )
     attempts = Attempts(f"model {settings.model}", time.monotonic)
-    engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_idle_s, attempts)
+    engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_idle_s, attempts, neighbour)
     refuse = partial(refusal, rank_max=settings.vllm_rank)
     adapters = AdapterFiles(store, facts, settings.vllm_adapter_directory, engine.forget, refuse, dtype)
     atexit.register(adapters.close)

@@ -98,6 +98,11 @@ def test_one_number_divides_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert parts(POD) == (1.0, 0.9), "a card of its own"
     assert parts({}, sampler="torch") == (1.0, 0.0)
     assert parts({}, device="cpu") == (1.0, 0.0)
+    resting = divided(settings(tmp_path, sampler="vllm"), POD | together)
+    assert resting.vllm_idle_s == 10, "training beside it has its memory meanwhile"
+    by_hand = POD | together | {"KNAPPER_VLLM_IDLE_S": "0"}
+    assert divided(settings(tmp_path, sampler="vllm"), by_hand).vllm_idle_s == 0
+    assert divided(settings(tmp_path, sampler="vllm"), {}).vllm_idle_s == 0, "nobody in this process would have it"
     with pytest.raises(InvalidField, match=r"KNAPPER_GPU_MEMORY_SHARE is 0.9; allowed: up to 0.85 where vLLM samples"):
         parts({}, gpu_memory_share=0.9)
     with pytest.raises(InvalidField, match=r"KNAPPER_VLLM_MEMORY is 0.8; allowed: up to 0.55, which training leaves"):

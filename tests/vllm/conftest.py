@@ -8,7 +8,9 @@ import pytest
 from tests.engine.tiny import tiny_model
 from tests.vllm.house import House
 
-collect_ignore = [] if find_spec("vllm") else ["test_contract.py", "test_bfloat16.py", "test_leaving.py"]
+collect_ignore = (
+    [] if find_spec("vllm") else ["test_contract.py", "test_bfloat16.py", "test_leaving.py", "test_sleep.py"]
+)
 
 
 @pytest.fixture(scope="session")

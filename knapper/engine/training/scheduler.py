@@ -72,6 +72,7 @@ class TrainingScheduler:
 
     def __init__(self, trainer: Trainer, device: Executor, now: Callable[[], float]) -> None:
         self.counters = TrainingCounters()
+        self.computing = False  # whether a pass is under way; of the device's thread
         self._trainer, self._device, self._now = trainer, device, now
         # Shared by callers and the device's thread, under the lock.
         self._lock = threading.Lock()
@@ -175,6 +176,7 @@ class TrainingScheduler:
     def _compute(self, chosen: Sequence[_Request]) -> Work[None]:
         rows, capacity = [request.rows for request in chosen], self._trainer.rows_shared(len(self._requests))
         opened = [request.opened for request in chosen if request.opened is not None]
+        self.computing = True
         try:
             _, spent_s = yield from timed(batch.compute(self._trainer.decoder, opened), self._now)
         except Exception as error:  # noqa: BLE001  a defect that one request brings out must not fail the others
@@ -182,6 +184,8 @@ class TrainingScheduler:
         else:
             self._computed(chosen, spent_s, rows, capacity)
             return
+        finally:
+            self.computing = False
         del opened  # frees gradients that are half added, and perhaps the memory that was lacking
         self._isolate(chosen, failure)
 
