@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 # Where torch comes from; empty: the CPU index if this is Linux without an NVIDIA GPU and the index answers, else pip's own.
 TORCH_INDEX_URL ?=
 TORCH_CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?= -n 2 --dist worksteal --durations 60 --durations-min 4
+PYTEST_ARGS ?= -n 3 --dist worksteal --durations 60 --durations-min 4
 UP_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
