@@ -1,7 +1,7 @@
 """One or several functions in one process, at /NAME/ each, under functions-framework: `knapper up`'s, and of a pod.
 
-They share one copy of the base weights. The first answers at / and /metrics too, as the only one of a pod does. The
-process ends when it is idle, unless Knative ends it.
+They share one copy of the base weights. The process ends when it is idle. Knative ends a pod's by itself, and the first
+function there answers at / and /metrics too, as the only one of a pod does.
 
 FUNCTION_SOURCES: paths of main.py files, joined by os.pathsep; each defines the function that its directory is named
 after. Shared state lives in the library, since every main.py becomes sys.modules["main"].
@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 from functions_framework.aio import create_asgi_app
 from starlette.applications import Starlette
@@ -19,6 +20,8 @@ from starlette.types import ASGIApp
 
 from knapper.serving.idle import IdleTimeout
 from knapper.settings import Settings
+
+IN_A_POD: Final = "K_SERVICE" in os.environ  # noqa: TID251  an entry point
 
 
 @asynccontextmanager
@@ -30,10 +33,11 @@ async def load(app: Starlette) -> AsyncIterator[None]:
         function: ASGIApp = create_asgi_app(name, os.fspath(source), "http")  # type: ignore[no-untyped-call]  # the library has no types here
         functions[f"/{name}"] = function
     app.router.routes.extend(Mount(path, app=function) for path, function in functions.items())
-    app.router.routes.extend(Route(path, next(iter(functions.values()))) for path in ("/", "/metrics"))
+    if IN_A_POD:
+        app.router.routes.extend(Route(path, next(iter(functions.values()))) for path in ("/", "/metrics"))
     yield
 
 
 app: ASGIApp = Starlette(lifespan=load)
-if "K_SERVICE" not in os.environ:  # noqa: TID251  an entry point
+if not IN_A_POD:
     app = IdleTimeout(app, Settings.load(os.environ).idle_s)  # noqa: TID251  an entry point

@@ -14,6 +14,7 @@ EXTRA_OF: Final = {
     "urllib3": "gcp",
     "gguf": "train",
     "huggingface_hub": "train",
+    "PIL": "train",
     "safetensors": "train",
     "torch": "train",
     "transformers": "train",

@@ -8,11 +8,13 @@ that is not durable, and what is need not be read from the store again.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from knapper.engine.training.trainer import RunState
 from knapper.state.journal.machine import Files, Machine, Outcome
 from knapper.state.journal.records import Operation, Spec
+
+if TYPE_CHECKING:  # torch may be missing or broken, which only a gate may find out
+    from knapper.engine.training.trainer import RunState
 
 _FOR_SAMPLERS: Final = "save_weights_for_sampler"
 
@@ -64,23 +66,23 @@ def handover() -> Handover:
 class HandingMachine:
     """knapper.state.journal.machine.Machine, whose saves for samplers are told to `saved` before they are stored."""
 
-    def __init__(self, machine: Machine[RunState], saved: Taker) -> None:
+    def __init__(self, machine: "Machine[RunState]", saved: Taker) -> None:
         self._machine, self._saved = machine, saved
 
-    async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> RunState:
+    async def create(self, spec: Spec, source: Files | None, with_optimizer: bool) -> "RunState":
         return await self._machine.create(spec, source, with_optimizer)
 
-    async def apply(self, state: RunState, operation: Operation, source: Files | None) -> Outcome[RunState]:
+    async def apply(self, state: "RunState", operation: Operation, source: Files | None) -> "Outcome[RunState]":
         outcome = await self._machine.apply(state, operation, source)
         if operation.kind == _FOR_SAMPLERS:
             self._saved(state.spec, outcome.export)
         return outcome
 
-    async def serialize(self, state: RunState) -> Files:
+    async def serialize(self, state: "RunState") -> Files:
         return await self._machine.serialize(state)
 
-    def serialized_bytes(self, state: RunState) -> int:
+    def serialized_bytes(self, state: "RunState") -> int:
         return self._machine.serialized_bytes(state)
 
-    async def restore(self, spec: Spec, files: Files) -> RunState:
+    async def restore(self, spec: Spec, files: Files) -> "RunState":
         return await self._machine.restore(spec, files)

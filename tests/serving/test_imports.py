@@ -47,3 +47,12 @@ def test_what_computes_nothing_starts_without_torch(tmp_path: Path, entry: str, 
     assert "knapper.store" in modules
     assert (modules & (_NEVER | unneeded)) == set()
     assert len(modules) < most
+
+
+@pytest.mark.parametrize("entry", ["functions.train_step.main", "functions.sample.main"])
+def test_a_torch_that_is_broken_is_found_at_a_gate_and_stops_no_import(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libtorch_cpu.so: no such file')")
+    modules = _imported(entry, tmp_path, KNAPPER_MODEL_DIRECTORY=str(tmp_path), PYTHONPATH=f"{tmp_path}:{_ROOT}")
+    assert "knapper.serving.gates" in modules
+    assert "torch" not in modules
