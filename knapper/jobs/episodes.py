@@ -1,6 +1,5 @@
 """The recipe of episodes: what agents sampled before becomes the loss's data, by what each episode was worth."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,10 +49,7 @@ class Episodes:
 
     @property
     def steps(self) -> int:
-        if self.job.steps is not None:
-            return self.job.steps
-        assert self.job.epochs is not None, "the spec has one of the two"
-        return math.ceil(len(self.rows) * self.job.epochs / self.job.batch.episodes)
+        return schedule.steps_of(self.job, len(self.rows), self.job.batch.episodes)
 
     @property
     def runs(self) -> Sequence[RunId]:

@@ -190,11 +190,13 @@ class ShareGptPair(ShareGptForm, frozen=True, kw_only=True):
 
 
 class SequenceForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`sampled`: [first, end) of each part of the tokens that was sampled; `logprobs`: of all of these."""
+    """`sampled`: [first, end) of each part of the tokens that was sampled; `logprobs`: of all of these, at most 0 but
+    for rounding.
+    """
 
     tokens: Annotated[list[Annotated[int, Meta(ge=0, le=2**31 - 1)]], Meta(min_length=2)]
     sampled: Annotated[list[tuple[int, int]], Meta(min_length=1)]
-    logprobs: list[float]
+    logprobs: list[Annotated[float, Meta(ge=-1e6, le=1e-3)]]
 
     def sequence(self, at: str) -> EpisodeSequence:
         """Raises InvalidField."""

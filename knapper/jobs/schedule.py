@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from knapper.jobs.spec import AnyJob, Optimizer, RlJob
+from knapper.jobs.spec import AnyJob, DpoJob, EpisodesJob, Optimizer, RlJob
 from knapper.wire import types
 
 
@@ -26,6 +26,14 @@ def adamw(optimizer: Optimizer, step: int, steps: int) -> types.AdamW:
         learning_rate=optimizer.learning_rate * part, beta1=optimizer.beta1, beta2=optimizer.beta2,
         eps=optimizer.eps, weight_decay=optimizer.weight_decay, grad_clip_norm=optimizer.grad_clip_norm,
     )  # fmt: skip
+
+
+def steps_of(job: DpoJob | EpisodesJob, rows: int, batch: int) -> int:
+    """As the job says, or those of its epochs, of which the last step may have fewer rows than `batch`."""
+    if job.steps is not None:
+        return job.steps
+    assert job.epochs is not None, "the spec has one of the two"
+    return math.ceil(rows * job.epochs / batch)
 
 
 def warmup_steps(optimizer: Optimizer, steps: int) -> int:

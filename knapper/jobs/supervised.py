@@ -126,10 +126,7 @@ class Dpo:
 
     @property
     def steps(self) -> int:
-        if self.job.steps is not None:
-            return self.job.steps
-        assert self.job.epochs is not None, "the spec has one of the two"
-        return math.ceil(len(self.pairs) * self.job.epochs / self.job.batch.pairs)
+        return schedule.steps_of(self.job, len(self.pairs), self.job.batch.pairs)
 
     @property
     def runs(self) -> Sequence[RunId]:

@@ -58,6 +58,8 @@ EPISODE = {"reward": 1, "sequences": [sequence()]}
         ("episodes", EPISODE | {"sequences": [sequence(sampled=[[1, 3], [2, 4]])]}, "3 <= first"),
         ("episodes", EPISODE | {"sequences": [sequence(), sequence(sampled=[[2, 2]])]}, r"sequences\[1\].sampled\[0\]"),
         ("episodes", EPISODE | {"sequences": [sequence(logprobs=[-1.0])]}, "logprobs is 1; allowed: 2"),
+        ("episodes", EPISODE | {"sequences": [sequence(logprobs=[-1.0, 0.5])]}, r"\[1\] is 0.5; allowed: "),
+        ("episodes", EPISODE | {"sequences": [sequence(logprobs=[-1e39, -1.0])]}, r"\[0\] is -1e\+39; allowed: "),
         ("episodes", EPISODE | {"sequences": [sequence(weights=[1])]}, "weights"),
     ],
 )

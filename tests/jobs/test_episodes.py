@@ -87,7 +87,7 @@ def test_whatever_happens_the_adapter_is_the_same_bit_for_bit(
     files = {"job.yaml": yaml, "d.jsonl": by_rl[1]}
     calm, wild = Works(house), Works(house, 1, Malice(lose=0.2, copies_max=5, shuffle=True, kill=0.1), slice_s=0.02)
     for works in (calm, wild):
-        assert run(lambda works=works: ended(works, files)) == "completed: "  # type: ignore[misc]
+        assert run(lambda works=works: ended(works, files)) == "completed: "  # type: ignore[misc]  # of a default
     assert len(calm.output("metrics.jsonl").splitlines()) == 5  # 24 episodes, 5 a step
     assert wild.adapter() == calm.adapter()
     assert wild.output("rollouts/step-5.jsonl") == calm.output("rollouts/step-5.jsonl")

@@ -55,7 +55,7 @@ def test_packed_weights_are_those_that_transformers_makes_of_them(tmp_path: Path
     parts, packed = load_file(directory / "model.safetensors"), 0
     for name, tensor in weight_files.expect_promised(directory, config).items():
         if isinstance(tensor, PackedTensor):
-            found = unpack.unpacked(tensor, lambda end, at=name: parts[f"{at}{end}"], torch.float32)  # type: ignore[misc]
+            found = unpack.unpacked(tensor, lambda end, at=name: parts[f"{at}{end}"], torch.float32)  # type: ignore[misc]  # of a default
             assert torch.equal(found.float(), expected[name]), name
             packed += 1
     assert packed
