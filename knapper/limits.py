@@ -115,6 +115,7 @@ episode_s = 30 * 24 * 3600.0  # after its first turn it is deleted
 turns_listed_max = 100  # in one answer
 turns_listed_bytes_max = 4 * MIB  # in one answer, as they are kept, unless one turn has more
 episode_score_max = 1e6  # and not below its negative
+logprob_min, logprob_max = -1e6, 1e-3  # in a file of episodes: at most 0 but for rounding
 
 # ---- Time: sessions, results, holders.
 poll_hold_s = 30.0  # retrieve_future; the SDK gives up at 45 s

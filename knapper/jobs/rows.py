@@ -196,7 +196,7 @@ class SequenceForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     tokens: Annotated[list[Annotated[int, Meta(ge=0, le=2**31 - 1)]], Meta(min_length=2)]
     sampled: Annotated[list[tuple[int, int]], Meta(min_length=1)]
-    logprobs: list[Annotated[float, Meta(ge=-1e6, le=1e-3)]]
+    logprobs: list[Annotated[float, Meta(ge=limits.logprob_min, le=limits.logprob_max)]]
 
     def sequence(self, at: str) -> EpisodeSequence:
         """Raises InvalidField."""
