@@ -1,5 +1,6 @@
 """The gateway's entry point: `uvicorn gateway.app:app --lifespan on`, or `create_app` over a given store."""
 
+import asyncio
 import gc
 import os
 import secrets
@@ -28,6 +29,7 @@ from gateway import (
     uploads,
 )
 from gateway.anthropic.routes import ROUTES as ANTHROPIC_ROUTES
+from gateway.console import html
 from gateway.console.routes import ROUTES as CONSOLE_ROUTES
 from gateway.events import ROUTES as EVENT_ROUTES
 from gateway.job_artifacts import ROUTES as ARTIFACT_ROUTES
@@ -103,8 +105,10 @@ def create_app(
         async with open_services(settings, store, job_services, sources) as services:
             app.state.services = services
             await periodic_tasks.begin(services)
+            prepared = asyncio.create_task(asyncio.to_thread(html.prepare))
             async with periodic.running([*periodic_tasks.tasks(services), *uploads.tasks(services)]):
                 yield
+            await prepared
             await services.console.watches.close()
             await services.train_client.close()
             await services.sample_queue.close()

@@ -22,6 +22,12 @@ def render(template: str, *, request: Request, **values: object) -> str:
     return _environment.get_template(template).render(here=request.url.path, **values)
 
 
+def prepare() -> None:
+    """Compile what the first page is made of, and most others in part, before it is asked for."""
+    for template in ("base.html", "tables.html", "home.html"):
+        _environment.get_template(template)
+
+
 def at(seconds: float) -> str:
     """A moment, for people, in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S") if seconds else "never"
@@ -49,7 +55,7 @@ def brief(name: str) -> str:
 def _made() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False,
     )  # fmt: skip
     filters: Mapping[str, Any] = {
         "at": at, "duration": durations.rounded, "clip": clip, "number": number, "brief": brief, "size": sized,

@@ -12,6 +12,7 @@ from knapper.store import Names, Store
 _FIRST_SPAN_S: Final = 6 * 3600.0
 _WIDER: Final = 64  # a window that has nothing is followed by one this many times as long
 _READ_MAX: Final = 8  # times as many names as a page has are read for it, and more only of one moment
+_READ_MIN: Final = 256  # however short the page is: a listing costs more than the names in it
 _WINDOWS_MAX: Final = 16
 
 
@@ -47,7 +48,7 @@ async def page(store: Store, prefix: str, size: int, start: PageStart) -> NamePa
 
 async def _window(store: Store, prefix: str, wanted: int, before_us: int) -> Names:
     """At least `wanted` names if there are so many, newest first."""
-    end, most = f"{prefix}{number(before_us)}", _READ_MAX * wanted
+    end, most = f"{prefix}{number(before_us)}", max(_READ_MIN, _READ_MAX * wanted)
     few, many = 0.0, 0.0  # the longest span that had too few names, and the shortest that had too many to read
     span = _FIRST_SPAN_S * 1e6
     for _ in range(_WINDOWS_MAX):

@@ -144,12 +144,14 @@ class DirectoryStore:
     def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[str]:
         """The names in order; reads no directory of names that are not asked for, or past a limit."""
         below = f"{folder}/" if folder else ""
+        first = start_after[len(below) :].partition("/")[0] if start_after.startswith(below) else ""
         try:
             with os.scandir(self._root / folder) as entries:
                 found = [
                     name if entry.is_dir(follow_symlinks=False) else name[:-1]
                     for entry in entries
-                    if _may_hold(name := f"{below}{entry.name}/", prefix, start_after)
+                    if (entry.name >= first or first.startswith(entry.name))  # most of a long directory, cheaply
+                    and _may_hold(name := f"{below}{entry.name}/", prefix, start_after)
                 ]
         except (FileNotFoundError, NotADirectoryError):
             return

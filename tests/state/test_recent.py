@@ -60,3 +60,18 @@ def test_a_burst_beside_old_names() -> None:
     names, calls = pages(times, 20)
     assert len(names) == len(set(names)) == 600
     assert calls <= 17
+
+
+def test_a_short_page_of_a_busy_hour_takes_two_calls() -> None:
+    """The six newest jobs of 60 within the hour, before which there were few: each call may read a long directory."""
+    times = [NOW - 1 - n * 60_000_000 for n in range(60)] + [NOW - n * DAY_US for n in range(1, 300)]
+    store = CountingStore(MemoryStore())
+
+    async def first_page() -> recent.NamePage:
+        for n, at in enumerate(times):
+            await store.put_if_absent(f"t/{number(at)}-{n}", b"")
+        store.calls.clear()
+        return await recent.page(store, "t/", 6, PageStart(NOW))
+
+    assert len(asyncio.run(first_page()).names) == 6
+    assert store.verbs["list"] <= 2
