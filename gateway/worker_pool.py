@@ -2,7 +2,9 @@
 
 A thread would not help: one call of a decoder written in C holds the lock throughout, for seconds if the body is large.
 A worker reads the bytes and returns something compact. It has a memory limit, dies with this process, and starts with
-the first body that is not small.
+the first body that is not small. Bodies and results go through files in memory, and what goes through the pipes that
+the workers share fits into these at once: whoever is killed in the middle of a message leaves its reader waiting for
+the rest, and its writer for a reader, for ever.
 """
 
 import asyncio
@@ -10,14 +12,17 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import pickle  # noqa: TID251  as the pool itself does, between processes of our own
 import resource
 import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
@@ -46,7 +51,7 @@ class WorkerPool:
     async def run(
         self, tenant: str, work: Callable[Concatenate[bytes, P], T], body: bytes, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """`work(body, *args)` in a worker. `work`, `args` and the result are pickled; the body is not.
+        """`work(body, *args)` in a worker. `work`, `args` (small ones) and the result are pickled; the body is not.
 
         Raises what `work` raises, and TooLarge if the worker runs out of memory.
         """
@@ -64,7 +69,7 @@ class WorkerPool:
 
     def close(self) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=False)
 
     async def _try(self, work: Callable[..., T], body: bytes, *args: object) -> T:
         size = len(body)
@@ -87,26 +92,71 @@ class WorkerPool:
 
 
 async def _run(pool: ProcessPoolExecutor, work: Callable[..., T], body: bytes, *args: object) -> T:
-    """A large body goes through a file in memory: pickling it would hold the interpreter's lock; writing does not."""
-    execute = asyncio.get_running_loop().run_in_executor
-    if sys.platform != "linux" or len(body) <= limits.MIB:
-        return await execute(pool, work, body, *args)
-    file = os.memfd_create("body")
-    try:
-        await asyncio.to_thread(_write, file, body)
-        return await execute(pool, _read_and, work, f"/proc/{os.getpid()}/fd/{file}", *args)
-    finally:
-        os.close(file)
+    if sys.platform != "linux":
+        return await _execute(pool, work, body, *args)
+    with _Memory() as given, _Memory() as returned:
+        await asyncio.to_thread(given.write, body)
+        await _execute(pool, _between, given.shared, returned.shared, work, *args)
+        result: T = await asyncio.to_thread(returned.unpickle)
+        return result
 
 
-def _write(file: int, body: bytes) -> None:
-    remaining = memoryview(body)
-    while remaining:
-        remaining = remaining[os.write(file, remaining) :]
+async def _execute(pool: ProcessPoolExecutor, work: Callable[..., T], *args: object) -> T:
+    """A caller that is cancelled leaves its call to end in the pool, soon, as its files are gone: where a call was
+    cancelled, the thread that tells all others of a worker's death dies of it, and they wait for ever.
+    """
+    call = asyncio.get_running_loop().run_in_executor(pool, partial(work, *args))
+    call.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to be told
+    return await asyncio.shield(call)
 
 
-def _read_and(work: Callable[..., T], path: str, *args: object) -> T:
-    return work(Path(path).read_bytes(), *args)
+@dataclass(frozen=True)
+class _Shared:
+    """A file in another process's memory. Its descriptor may be another file's by the time that a worker opens it: of
+    another call, and another tenant, where this one's caller has gone.
+    """
+
+    path: str
+    inode: int
+
+    def open(self, flags: int) -> int:
+        """Raises OSError if it is gone."""
+        file = os.open(self.path, flags)
+        if os.fstat(file).st_ino != self.inode:
+            os.close(file)
+            raise FileNotFoundError(f"{self.path} is another file by now")
+        return file
+
+
+class _Memory:
+    """A file in memory, until the end of the context."""
+
+    def __enter__(self) -> "_Memory":
+        self._file = os.memfd_create("knapper")
+        self.shared = _Shared(f"/proc/{os.getpid()}/fd/{self._file}", os.fstat(self._file).st_ino)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def write(self, content: bytes) -> None:
+        remaining = memoryview(content)
+        while remaining:
+            remaining = remaining[os.write(self._file, remaining) :]
+
+    def unpickle(self) -> Any:
+        os.lseek(self._file, 0, os.SEEK_SET)
+        with os.fdopen(self._file, "rb", closefd=False) as content:
+            return pickle.load(content)  # noqa: S301  written by a process of our own
+
+
+def _between(given: _Shared, returned: _Shared, work: Callable[..., object], *args: object) -> None:
+    """In a worker: `work` of the content of one file, pickled into the other."""
+    with os.fdopen(given.open(os.O_RDONLY), "rb") as file:
+        body = file.read()
+    result = work(body, *args)
+    with os.fdopen(returned.open(os.O_WRONLY), "wb") as file:
+        pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
 
 
 def _pool() -> ProcessPoolExecutor:
