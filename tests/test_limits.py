@@ -114,7 +114,7 @@ ELSEWHERE = {
         "gateway/bodies.py": "_SMALL_BYTES _COPIED_BYTES _PREFIX_BYTES",
         "gateway/openai/detokenizer.py": "_WINDOW_MAX _CONTEXT_MAX",
         "gateway/rewards.py": "_CHUNK_BYTES",
-        "knapper/state/recent.py": "_FIRST_SPAN_S _READ_MAX _WINDOWS_MAX",
+        "knapper/state/recent.py": "_FIRST_SPAN_S _READ_MAX _READ_MIN _WINDOWS_MAX",
         "gateway/sample_queue.py": "_IN_FLIGHT_MAX",
         "gateway/worker_pool.py": "_LARGE_BYTES",
         "knapper/catalogue/served_models.py": "_attempts_max",
