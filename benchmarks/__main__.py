@@ -1,11 +1,12 @@
 """`make bench`: each figure beside the bare loop that it is compared with, measured in turns in the same run.
 
-    python -m benchmarks [--quick] [--only operations training ...] [--base-url URL --model NAME]
+    python -m benchmarks [--quick] [--only operations training ...] [--dtype bfloat16] [--base-url URL --model NAME]
 
 With --base-url, any server that speaks the Tinker protocol is measured instead of our own; the bare loops need the
-model's files here all the same. Written to out/bench.json with the machine, and out/sharing.png. A section
-that fails is reported, and the others go on; the exit status is 1 then. `python -m benchmarks.page` makes
-docs/performance.md's tables of out/bench.json; `python -m benchmarks.check` compares counted work with floors.json;
+model's files here all the same. Written to out/bench.json with the machine, and out/sharing.png; with --dtype bfloat16,
+which is that of our server's base weights, to out/bench-bfloat16.json. A section that fails is reported, and the others
+go on; the exit status is 1 then. `python -m benchmarks.page` makes docs/performance.md's tables of both;
+`python -m benchmarks.check` compares counted work with floors.json;
 `python -m benchmarks.backends` measures vLLM beside the torch sampler, in an environment of its own.
 """
 
@@ -21,6 +22,7 @@ import torch
 
 from benchmarks import figures, operations, overlap, reinforcement, samples, startup, stores, train_steps
 from benchmarks.figures import Figure
+from benchmarks.page import BFLOAT16, FIGURES
 from benchmarks.served import Setting, serving
 from knapper.catalogue.download import obtain
 from knapper.settings import Settings
@@ -44,6 +46,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*_SERVED, *_OURS], default=[], help="these sections")
     parser.add_argument("--base-url", default="", help="another server, with its key in TINKER_API_KEY")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the base model")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of our server's base weights"
+    )
     args = parser.parse_args()
     os.environ.setdefault("TINKER_TELEMETRY", "0")
     settings = Settings.load({**os.environ, "KNAPPER_MODEL": args.model})
@@ -53,9 +58,13 @@ def main() -> None:
     where = "{cpu}, {cores} cores, {capability}, torch {torch}, load {load_1min:.1f}"
     print(where.format(**machine))
     ours = [name for name in _OURS if not (args.quick and name == "jobs")]  # whose shortest run is half a minute
-    sections = args.only or ([] if args.base_url else ours) + [*_SERVED]
-    if args.base_url and (own := [name for name in sections if name in _OURS]):
-        parser.error(f"--only {' '.join(own)}: measured on servers of our own; with --base-url: {', '.join(_SERVED)}")
+    served_only = args.base_url or args.dtype != "float32"
+    sections = args.only or ([] if served_only else ours) + [*_SERVED]
+    if served_only and (own := [name for name in sections if name in _OURS]):
+        served = ", ".join(_SERVED)
+        parser.error(
+            f"--only {' '.join(own)}: on servers of their own, of float32; with --base-url or --dtype: {served}"
+        )
     results: list[Figure] = []
     failed: dict[str, str] = {}
     began = time.monotonic()
@@ -64,11 +73,14 @@ def main() -> None:
         """What there is so far."""
         took_s = round(time.monotonic() - began)
         header = {"machine": machine, "load_1min_after": os.getloadavg()[0], "took_s": took_s, "failed": failed}
-        figures.store(results, Path("out/bench.json"), model=args.model, quick=args.quick, **header)
+        stored = FIGURES if args.dtype == "float32" else BFLOAT16
+        figures.store(results, stored.stored, model=args.model, quick=args.quick, dtype=args.dtype, **header)
 
     print(figures.HEADER)
     threads = torch.get_num_threads()
-    with serving(Path(directory), args.model, args.base_url, quick=args.quick, threads=threads) as setting:
+    with serving(
+        Path(directory), args.model, args.base_url, quick=args.quick, threads=threads, dtype=args.dtype
+    ) as setting:
         for name in sections:
             print(f"[{time.monotonic() - began:5.0f} s] {name} ...", file=sys.stderr, flush=True)
             failed[name] = "the run was stopped"  # unless it goes on

@@ -84,13 +84,14 @@ def faster(section: str, name: str, pair: Pair, goal: str = "", stretch: str = "
 def machine() -> dict[str, object]:
     """The machine, and its load."""
     model = next((line for line in _cpuinfo() if line.startswith("model name")), "")
+    has_amx = torch.cpu.get_capabilities().get("amx_bf16", False)
     return {
         "cpu": model.partition(":")[2].strip() or platform.machine(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         **{name: version(name) for name in ("knapper", "transformers", "peft", "tinker")},
         "python": platform.python_version(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": " and ".join([torch.backends.cpu.get_cpu_capability(), *(["AMX"] if has_amx else [])]),
         "load_1min": os.getloadavg()[0],
     }
 

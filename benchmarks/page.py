@@ -131,6 +131,10 @@ FIGURES = Part(
     Path("out/bench.json"), DOCS / "performance.md",
     "<!-- figures: written by make bench-page -->", "<!-- end of the figures -->", tables,
 )  # fmt: skip
+BFLOAT16 = Part(
+    Path("out/bench-bfloat16.json"), DOCS / "performance.md",
+    "<!-- bfloat16: written by make bench-page -->", "<!-- end of bfloat16 -->", tables,
+)  # fmt: skip
 COLD_START = Part(
     Path("out/cold_start.json"), DOCS / "performance.md",
     "<!-- cold starts: written by make bench-page -->", "<!-- end of the cold starts -->", tables,
@@ -201,7 +205,7 @@ def write(part: Part) -> None:
 
 
 def main() -> None:
-    for part in (FIGURES, COLD_START, SMALL_MODELS, FAR_STORE, BEFORE, BACKENDS, AGREEMENT, GPU):
+    for part in (FIGURES, BFLOAT16, COLD_START, SMALL_MODELS, FAR_STORE, BEFORE, BACKENDS, AGREEMENT, GPU):
         write(part)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import tinker
 from tinker import types
 
-from tests.conformance.server import Server
+from tests.conformance.server import Dtype, Server
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,15 @@ class Setting:
 
 
 @contextmanager
-def serving(model: Path, name: str, base_url: str, *, quick: bool, threads: int) -> Iterator[Setting]:
+def serving(
+    model: Path, name: str, base_url: str, *, quick: bool, threads: int, dtype: Dtype = "float32"
+) -> Iterator[Setting]:
     if base_url:
         yield Setting(tinker.ServiceClient(base_url=base_url), name, model, quick, threads, None)
         return
     settings = {"KNAPPER_THREADS": str(threads)}
     with tempfile.TemporaryDirectory(prefix="knapper-bench-") as scratch:
-        with Server.start(model, Path(scratch) / "data", settings=settings, dtype="float32") as server:
+        with Server.start(model, Path(scratch) / "data", settings=settings, dtype=dtype) as server:
             service = tinker.ServiceClient(base_url=server.url, api_key="tml-local")
             yield Setting(service, str(model), model, quick, threads, server)
             service.close("success").result()

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from knapper.concurrency.fair_share import FairShare
 
 T = TypeVar("T")
+IDLE_S: Final = 5.0  # longer than a client waits between its steps
 Work = Generator[None, None, T]
 Now = Callable[[], float]
 
@@ -38,12 +39,16 @@ class Executor:
         name: str = "device",
         now: Now = time.monotonic,  # noqa: TID251  measures turns, and decides only which comes next
         synchronize: Callable[[], None] = lambda: None,
+        idle: Callable[[], None] = lambda: None,
+        idle_s: float = IDLE_S,
     ) -> None:
         """`synchronize` waits for the work that a turn queued, on hardware that computes beside its thread. Called when
-        other tasks wait, so that each owner is charged its own time.
+        other tasks wait, so that each owner is charged its own time. `idle`: called on the thread, once, when nothing
+        has come for `idle_s`.
         """
         self.busy_s = 0.0  # seconds of all turns
         self._now, self._synchronize = now, synchronize
+        self._idle, self._idle_s = idle, idle_s
         self._arrivals: queue.SimpleQueue[_Turn[Any] | None] = queue.SimpleQueue()
         self._shares = FairShare()  # in seconds, by owner
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -69,7 +74,7 @@ class Executor:
         while True:
             arrived = None
             while not ready or not self._arrivals.empty():
-                arrived = self._arrivals.get()
+                arrived = self._arrived()
                 if arrived is None:
                     for turn in ready:
                         turn.task.close()
@@ -84,6 +89,13 @@ class Executor:
             else:
                 self._shares.leave((turn.owner,) for turn in ready)
             del turn, arrived  # else the waiting thread would keep the last result: a run's whole state
+
+    def _arrived(self) -> "_Turn[Any] | None":
+        try:
+            return self._arrivals.get(timeout=self._idle_s)
+        except queue.Empty:
+            self._idle()
+        return self._arrivals.get()
 
     def _charged(self, turn: _Turn[Any], *, alone: bool) -> bool:
         """Run a step and charge its owner. True if the task has more steps."""

@@ -3,7 +3,9 @@
 A container sees the whole machine in /proc/meminfo; its limit is its control group's, or that of a group above.
 """
 
+import ctypes
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,9 @@ _RECLAIMED: Final = (
     "inactive_file",
     "active_file",
 )  # page cache, which the kernel reclaims before it kills a process
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h's
+_DEFAULT_TRIM_BYTES: Final = 128 << 10
+_KEPT_BYTES: Final = 1 << 30  # a block of more is mapped for itself, and given back when it is freed
 
 
 def available(root: Path = Path("/")) -> int:
@@ -70,6 +75,33 @@ def _read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:  # the group has no such file, or hides it from this process
         return ""
+
+
+def keep_freed() -> bool:
+    """From now on glibc keeps memory that is freed for the next passes; False with another library.
+
+    Otherwise blocks of more than 128 KiB are mapped for themselves, or given back at the heap's end: a training step
+    then has each page of its activations mapped and zeroed anew.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+
+
+def give_back() -> None:
+    """The memory that `keep_freed` kept goes back to the system: free blocks, and the end of this thread's heap.
+
+    The heap's end goes when a block is freed there: `malloc_trim` knows that of the first thread's alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM_BYTES)
+    libc.free(libc.malloc(ctypes.c_size_t(_DEFAULT_TRIM_BYTES)))
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def swap(root: Path = Path("/")) -> int:

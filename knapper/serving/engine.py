@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from knapper import limits
 from knapper.catalogue.servable import expect_files, not_served
 from knapper.concurrency import quiesce, shutdown
-from knapper.engine import checkpoint_format, hardware, memory
+from knapper.engine import checkpoint_format, hardware, host_memory, memory
 from knapper.engine.executor import Executor, Work
 from knapper.engine.hardware import dtype_for, finish, release
 from knapper.engine.layers.batch_invariance import Exactness
@@ -183,7 +183,9 @@ def _runs(
 
 def _open_device(settings: Settings, device: torch.device, store: Store) -> tuple[Executor, Loaded]:
     """The device's thread, and what was loaded on it. Raises UserError as `_load` does."""
-    executor = Executor(synchronize=partial(finish, device))
+    if device.type == "cpu":
+        host_memory.keep_freed()
+    executor = Executor(synchronize=partial(finish, device), idle=host_memory.give_back)
     try:
         loaded = executor.submit(_load(settings, device, store)).result()
     except BaseException:

@@ -34,12 +34,16 @@ class StoredChoices:
 
     def get(self, product: str) -> LayoutChoice | None:
         known = self._known.get(product)
-        return None if known is None else LayoutChoice(RowLayout(known.least, known.block), known.invariant)
+        if known is None:
+            return None
+        return LayoutChoice(RowLayout(known.least, known.block, known.larger), known.invariant)
 
     def add(self, product: str, choice: LayoutChoice) -> None:
         """Stored behind the caller's back, which does not wait."""
         layout = choice.layout
-        result = ProbeResult(product=product, least=layout.least, block=layout.block, invariant=choice.invariant)
+        result = ProbeResult(
+            product=product, least=layout.least, block=layout.block, larger=layout.larger, invariant=choice.invariant
+        )
         self._known[product] = result
         self._thread.submit(_run, self._keep(result))
 

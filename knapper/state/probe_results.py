@@ -13,11 +13,12 @@ from knapper.store import Store, many
 
 
 class ProbeResult(Record, frozen=True, kw_only=True):
-    """The row layout of one product (`least`, `block`: knapper.engine.layers), and whether it keeps the bits."""
+    """The row layout of one product (its fields: `RowLayout`), and whether it keeps the bits."""
 
     product: str
     least: int
     block: int
+    larger: tuple[int, ...] = ()
     invariant: bool
 
 

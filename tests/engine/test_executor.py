@@ -176,3 +176,25 @@ def test_what_a_turn_began_is_waited_for_only_if_others_wait() -> None:
     finally:
         device.close()
     assert synchronized
+
+
+def test_once_nothing_has_come_for_a_while_it_is_told_once_and_work_goes_on() -> None:
+    seen: list[str] = []
+    told = threading.Event()
+
+    def idle() -> None:
+        seen.append("idle")
+        told.set()
+
+    device = Executor("rests", idle=idle, idle_s=0.02)
+    try:
+        device.submit(steps(seen, "a", 2)).result(10)
+        assert told.wait(10)
+        told.clear()
+        assert not told.wait(0.1)
+        device.submit(steps(seen, "b", 1)).result(10)
+        assert told.wait(10)
+    finally:
+        device.close()
+    assert [what for what in seen if what == "idle"] == ["idle", "idle"]
+    assert seen[0] != "idle"

@@ -1,6 +1,9 @@
 """What a process can still take: less than the machine has, where a control group says so."""
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +96,48 @@ def test_of_this_machine_it_is_something_and_no_more_than_there_is() -> None:
 
 def _machine_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# As a pass does it, on a thread of its own: a block beside which others live, freed and taken again.
+TAKEN_AGAIN = """
+import ctypes, resource, sys, threading
+from knapper.engine import host_memory
+if sys.argv[1] == "kept":
+    assert host_memory.keep_freed()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+faults = []
+
+def passes():
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = libc.malloc(ctypes.c_size_t(40 << 20))
+        libc.memset(ctypes.c_void_p(block), 1, ctypes.c_size_t(40 << 20))
+        libc.free(ctypes.c_void_p(block))
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    resident = pages()
+    host_memory.give_back()
+    print(sum(faults[1:]), resident - pages())
+
+def pages():
+    return int(open("/proc/self/statm").read().split()[1])
+
+thread = threading.Thread(target=passes)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library's allocator is left as it is")
+def test_freed_memory_is_kept_for_the_next_pass_and_given_back_when_it_is_told() -> None:
+    def measured(how: str) -> tuple[int, int]:
+        """Page faults of seven passes after the first, and the pages that went back in the end."""
+        command = [sys.executable, "-c", TAKEN_AGAIN, how]
+        faults, returned = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return int(faults), int(returned)
+
+    pages = (40 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert measured("as it is")[0] >= 7 * pages
+    faults, returned = measured("kept")
+    assert faults < pages
+    assert returned > pages // 2

@@ -3,7 +3,8 @@
 Libraries choose a kernel, and with it the order of additions, by the CPU, the shape and the number of rows. So every
 product of the model and of its adapters is tried once at its real shape, with several row layouts; it uses the first in
 which no row's bits depend on other rows. The last layouts are blocks of a fixed number of rows, which leave a kernel
-nothing to choose. Training, prefill and decoding use the same layout.
+nothing to choose; larger blocks that give the same bits are used beside them. Training, prefill and decoding use the
+same layout.
 
 The search ignores time, so that it ends alike on every start: replayed bits depend on it. It takes seconds, so what it
 found may be kept (`LayoutChoices`) for later processes on an equal CPU.
@@ -12,8 +13,8 @@ rank.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Final, Protocol
 
 import structlog
@@ -33,16 +34,18 @@ Make = Callable[[Tensor], Product]
 class RowLayout:
     """How rows enter a product: padded with zero rows up to `least`, or up to whole blocks of `block`.
 
-    Each block is a product of its own. The output of padding is never read. Rows are aligned to vector registers: of
+    Each block is a product of its own. `larger`: the other sizes of a block, ascending, in which a row has the bits
+    that it has in one of `block` rows. The output of padding is never read. Rows are aligned to vector registers: of
     unaligned rows, which a view may have, some kernels add the first numbers in another order.
     """
 
     least: int = 1
     block: int = 0  # all rows at once
+    larger: tuple[int, ...] = ()
 
     def rows(self, count: int) -> int:
         """`count` with padding."""
-        return count + -count % self.block if self.block else max(count, self.least)
+        return sum(_cover((self.block, *self.larger), count)) if self.block else max(count, self.least)
 
     def padded(self, x_N: Tensor) -> Tensor:
         """`x_N` with padding; the same tensor if none is missing."""
@@ -54,12 +57,37 @@ class RowLayout:
     def __call__(self, product: Product, x_NI: Tensor) -> Tensor:
         """product(x_NI) (N, O)."""
         padded = self.padded(x_NI)
-        if not self.block or len(padded) == self.block:
+        if not self.block:
             return product(padded)[: len(x_NI)]
-        return torch.cat([product(block) for block in padded.split(self.block)])[: len(x_NI)]
+        sizes = _cover((self.block, *self.larger), len(x_NI))
+        if len(sizes) == 1:
+            return product(padded)[: len(x_NI)]
+        return torch.cat([product(block) for block in padded.split(list(sizes))])[: len(x_NI)]
 
     def __str__(self) -> str:
-        return f"blocks of {self.block} rows" if self.block else f"{self.least} rows at least"
+        sizes = " or ".join(map(str, (self.block, *self.larger)))
+        return f"blocks of {sizes} rows" if self.block else f"{self.least} rows at least"
+
+
+@lru_cache(maxsize=4096)
+def _cover(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The cheapest blocks, large ones first, that hold `count` rows."""
+    if count <= 0:
+        return ()
+    if count > 2 * sizes[-1]:
+        whole = count // sizes[-1] - 1
+        return (sizes[-1],) * whole + _cover(sizes, count - whole * sizes[-1])
+    covers = ((size, *_cover(sizes, count - size)) for size in sizes)
+    return tuple(sorted(min(covers, key=lambda cover: (_cost(cover), cover)), reverse=True))
+
+
+def _cost(cover: Sequence[int]) -> int:
+    return sum(cover) + _CALL_ROWS * len(cover)
+
+
+def _typical_cost(layout: RowLayout) -> float:
+    sizes = (layout.block, *layout.larger)
+    return sum(_cost(_cover(sizes, count)) / (count + _CALL_ROWS) for count in _COUNTS_TYPICAL)
 
 
 UNCHANGED: Final = RowLayout()
@@ -86,6 +114,16 @@ ADAPTER_LAYOUTS: Final = (
 # Of a GPU, whose kernel follows from the number of rows: small blocks would leave most of it idle in training.
 GPU_LAYOUTS: Final = (UNCHANGED, RowLayout(block=256), RowLayout(block=128), RowLayout(block=64))
 
+_LARGER: Final = (96, 128, 192, 256, 384, 512, 768, 1024)  # sizes of blocks that are tried beside one that is found
+_CALL_ROWS: Final = 96  # a product's own costs, as rows: 64 to 120 of AMX's, 576 x 576 to 576 x 3,072
+_COUNTS_TYPICAL: Final = (
+    1,
+    32,
+    128,
+    256,
+    512,
+    1016,
+)  # of passes: by the cost of their blocks one block's size is taken
 _ALIGNMENT: Final = 64  # bytes of an AVX-512 register; torch's own tensors are aligned so
 _COUNTS: Final = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 48, 64, 65, 96, 130, 257)  # below and above where kernels change
 _COUNTS_DENSE: Final = 16  # rows of each thread: up to so many every count is tried
@@ -146,11 +184,11 @@ class Exactness:
         key = (name, f"{inputs}x{outputs}", _short(like.dtype))
         if key not in self._layouts:
 
-            def probe() -> Callable[[RowLayout], bool]:
+            def search() -> RowLayout | None:
                 x_NI, w_OI = _probe_tensors(inputs, min(outputs, max(1, _PROBE_ELEMENTS_MAX // inputs)), like)
-                return partial(_is_invariant, product=make(w_OI), x_NI=x_NI, outputs=outputs)
+                return _found_layout(layouts, make(w_OI), x_NI, outputs)
 
-            self._layouts[key] = self._first(key, layouts, probe)
+            self._layouts[key] = self._searched(key, layouts, search)
         return self._layouts[key]
 
     def adapter(self, rank: int, like: Tensor) -> RowLayout:
@@ -164,9 +202,16 @@ class Exactness:
             ]
             shapes = {(inputs, parts * rank) for parts, inputs, rank, _ in pairs} | {(r, w) for _, _, r, w in pairs}
             layouts = ADAPTER_LAYOUTS if like.device.type == "cpu" else GPU_LAYOUTS
-            self._layouts[name] = self._first(
-                name, layouts, lambda: partial(_adapter_is_invariant, shapes=sorted(shapes), like=like)
-            )
+            is_invariant = partial(_adapter_is_invariant, shapes=sorted(shapes), like=like)
+
+            def search() -> RowLayout | None:
+                found = next(filter(is_invariant, layouts), None)
+                if found is None or not found.block or like.device.type != "cpu":
+                    return found
+                extended = _extended_for_adapters(found, sorted(shapes), like)
+                return extended if is_invariant(extended) else found
+
+            self._layouts[name] = self._searched(name, layouts, search)
         return self._layouts[name]
 
     def check(self, name: str, is_invariant: Callable[[], bool]) -> None:
@@ -177,17 +222,16 @@ class Exactness:
         """Whether products on the device are tried."""
         return self.promised and device.type in ("cpu", "cuda") and keeps_bits(device)
 
-    def _first(
-        self, name: tuple[object, ...], layouts: Sequence[RowLayout], probe: Callable[[], Callable[[RowLayout], bool]]
+    def _searched(
+        self, name: tuple[object, ...], layouts: Sequence[RowLayout], search: Callable[[], RowLayout | None]
     ) -> RowLayout:
-        def search() -> LayoutChoice:
-            is_invariant = probe()
+        def choice() -> LayoutChoice:
             with torch.inference_mode():
-                found = next((layout for layout in layouts if is_invariant(layout)), None)
+                found = search()
             return LayoutChoice(found or layouts[0], found is not None)
 
         product = " ".join(map(str, name))
-        layout = self._found(product, search)
+        layout = self._found(product, choice)
         if layout != layouts[0]:
             log.debug("exact bits", product=product, way=str(layout))
         return layout
@@ -236,6 +280,37 @@ def _counts() -> list[int]:
     """Numbers of rows to try. A library gives each thread its part of few rows, so all of these may differ."""
     dense = range(1, _COUNTS_DENSE * torch.get_num_threads() + 2)
     return sorted({*_COUNTS, *(count for count in dense if count <= _COUNTS[-1])})
+
+
+def _found_layout(layouts: Sequence[RowLayout], product: Product, x_NI: Tensor, outputs: int) -> RowLayout | None:
+    """The first layout that keeps the bits; among blocks, on a CPU, the one whose larger ones make it the cheapest."""
+    is_invariant = partial(_is_invariant, product=product, x_NI=x_NI, outputs=outputs)
+    found = next(filter(is_invariant, layouts), None)
+    if found is None or not found.block or x_NI.device.type != "cpu":
+        return found
+    others = filter(is_invariant, layouts[layouts.index(found) + 1 :])
+    extended = [_extended(layout, product, x_NI) for layout in (found, *others)]
+    return min(filter(is_invariant, extended), key=_typical_cost, default=found)
+
+
+def _extended(layout: RowLayout, product: Product, x_NI: Tensor, sizes: Sequence[int] = _LARGER) -> RowLayout:
+    """With the larger blocks, of these sizes, in which rows have the bits that they have in its own."""
+    whole = layout(product, x_NI)
+
+    def alike(size: int) -> bool:
+        parts = ((rows[:size], rows[-size:]) for rows in (x_NI, whole))
+        return all(torch.equal(product(x.clone()), y) for x, y in zip(*parts, strict=True))
+
+    return replace(layout, larger=tuple(size for size in sizes if layout.block < size <= len(x_NI) and alike(size)))
+
+
+def _extended_for_adapters(layout: RowLayout, shapes: Sequence[tuple[int, int]], like: Tensor) -> RowLayout:
+    """With larger blocks for training and prefill; a decoding step has few rows of an adapter."""
+    extended = replace(layout, larger=_LARGER)
+    for inputs, outputs in shapes:
+        x_NI, w_OI = _probe_tensors(inputs, outputs, like, _PROBE_ELEMENTS_MAX)
+        extended = _extended(layout, partial(F.linear, weight=w_OI), x_NI, extended.larger)
+    return extended
 
 
 def _is_invariant(layout: RowLayout, product: Product, x_NI: Tensor, outputs: int) -> bool:

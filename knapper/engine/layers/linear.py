@@ -103,8 +103,9 @@ class FrozenLinear:
 
     @cached_property
     def _product_back(self) -> Product:
-        parts = self._parts if len(self._widths_back) == len(self._parts) else [_stacked(self._parts, self.dtype)]
-        return self._make_back(parts)
+        if self.dtype == torch.bfloat16:  # a file of float32 would be converted in every product
+            return self._make_back([_stacked(self._parts, self.dtype)])
+        return self._make_back(self._parts)
 
     @property
     def _widths_back(self) -> tuple[int, ...]:

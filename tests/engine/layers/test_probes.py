@@ -18,6 +18,7 @@ from knapper.engine.layers.batch_invariance import (
 )
 
 INPUTS, OUTPUTS = 96, 40
+LARGER = (96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def summed(x_NI: Tensor, w_OI: Tensor, parts: int) -> Tensor:
@@ -45,8 +46,9 @@ def kernels(choose: Callable[[int], int]) -> Callable[[Tensor], Product]:
         (lambda rows: 2 if rows < 11 else 4, RowLayout(16)),
         (lambda rows: 2 if 8 < rows < 13 else 4, RowLayout(16)),  # as MKL's are by AVX2 on two threads
         (lambda rows: 2 if rows == 15 else 4, RowLayout(16)),
-        (lambda rows: 1 + min(rows // 32, 3), RowLayout(block=64)),
-        (lambda rows: 4 if rows < 100 and rows % 2 else 2, RowLayout(block=64)),
+        (lambda rows: 1 + min(rows // 32, 3), RowLayout(block=128, larger=LARGER[2:])),
+        (lambda rows: 4 if rows < 100 and rows % 2 else 2, RowLayout(block=64, larger=LARGER)),
+        (lambda rows: 1 if rows < 33 or rows > 512 else 2, RowLayout(block=64, larger=LARGER[:-2])),
     ],
 )
 def test_the_first_way_that_keeps_the_bits_is_taken(
@@ -83,8 +85,11 @@ def test_without_the_promise_nothing_is_tried() -> None:
     assert Exactness().product("forward", MODEL_LAYOUTS, never, INPUTS, OUTPUTS, on_gpu) == UNCHANGED
 
 
-@pytest.mark.parametrize("way", sorted({*MODEL_LAYOUTS, *BACKWARD_LAYOUTS, *ADAPTER_LAYOUTS}, key=str), ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 7, 16, 63, 64, 65, 129, 300])
+WAYS = {*MODEL_LAYOUTS, *BACKWARD_LAYOUTS, *ADAPTER_LAYOUTS, RowLayout(block=64, larger=(96, 256))}
+
+
+@pytest.mark.parametrize("way", sorted(WAYS, key=str), ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 63, 64, 65, 129, 300, 1100])
 def test_every_way_gives_the_product(way: RowLayout, rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     x_NI, w_OI = (torch.randn(n, 24, generator=generator, dtype=torch.float64) for n in (rows, 10))
@@ -96,7 +101,21 @@ def test_every_way_gives_the_product(way: RowLayout, rows: int) -> None:
 
     torch.testing.assert_close(way(product, x_NI), x_NI @ w_OI.T, rtol=0, atol=1e-12)
     assert sum(seen) == way.rows(rows) >= max(rows, way.least)
-    assert not way.block or set(seen) == {way.block}
+    assert not way.block or {way.block, *way.larger} >= set(seen)
+
+
+def test_rows_go_into_the_fewest_blocks_that_are_not_mostly_padding() -> None:
+    layout = RowLayout(block=64, larger=(96, 128, 512))
+    assert [layout.rows(count) for count in (1, 64, 65, 140, 300, 508, 576, 1016)] == [
+        64,
+        64,
+        96,
+        160,
+        320,
+        512,
+        576,
+        1024,
+    ]
 
 
 def test_an_adapter_goes_one_way_on_every_linear_whether_it_trains_or_decodes() -> None:
