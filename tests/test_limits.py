@@ -124,7 +124,7 @@ ELSEWHERE = {
         "knapper/export/space.py": "_SPARE_BYTES",
         "knapper/engine/hardware.py": "_SPEEDUP_MIN",
         "knapper/engine/layers/batch_invariance.py": "_ROWS_MAX _ELEMENTS_MAX _PROBE_ELEMENTS_MAX",
-        "knapper/engine/layers/batch_invariant_attention.py": "ROWS_MIN _scores_max",
+        "knapper/engine/layers/batch_invariant_attention.py": "_scores_max",
         "knapper/engine/layers/checkpointing.py": "_saved_bytes_least",
         "knapper/engine/layers/head.py": "ELEMENTS_MAX ROWS_MIN",
         "knapper/engine/layers/linear.py": "_REGISTER_BYTES",

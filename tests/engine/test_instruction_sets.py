@@ -7,6 +7,8 @@ before it. The long run takes all of them, and every dtype in every set.
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,31 @@ def test_no_neighbour_changes_a_bit_at_real_shapes(instructions: InstructionSet,
 @pytest.mark.parametrize(("instructions", "dtype"), WHOLE)
 def test_no_neighbour_changes_a_bit_in_all_the_layers(instructions: InstructionSet, dtype: str, whole: Path) -> None:
     no_neighbour_changes_a_bit(instructions, dtype, whole)
+
+
+# (query heads, key heads, width): SmolLM2's, Qwen3's, Gemma's, DeepSeek's, Phi's. By Intel's libraries each of these
+# widths, and few query heads beside many, ask for another layout of the products than the others do.
+ATTENTION = [(9, 3, 64), (8, 2, 128), (4, 1, 256), (2, 2, 192), (2, 2, 80)]
+PROGRAM = """
+import json, sys, torch
+from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.batch_invariant_attention import LAYOUTS
+from knapper.engine.layers.paged_attention import found_layout
+from knapper.engine.models.layer import ScoreRule
+
+torch.set_num_threads(1)
+exactness = Exactness()
+for heads, groups, width in json.loads(sys.argv[1]):
+    for window in (None, 100):
+        found_layout(exactness, heads, groups, width, ScoreRule(width**-0.5, window), torch.device("cpu"))
+print(json.dumps(exactness.broken))
+"""
+
+
+@pytest.mark.parametrize("instructions", instruction_sets(), ids=lambda one: one.name)
+def test_attention_has_a_layout_that_keeps_the_bits_at_the_sizes_of_every_family(instructions: InstructionSet) -> None:
+    environment = {**os.environ, **instructions.environment}
+    program = [sys.executable, "-c", PROGRAM, json.dumps(ATTENTION)]
+    said = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    instructions_tried.note("float32", environment=environment)
+    assert json.loads(said.stdout.splitlines()[-1]) == []

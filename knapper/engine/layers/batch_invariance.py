@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.layers.determinism import keeps_bits
+from knapper.engine.models.layer import AttentionLayout
 
 log = structlog.get_logger()
 
@@ -163,12 +164,16 @@ class Exactness:
         self._choices = choices
         self.broken: list[str] = []  # products without an invariant layout
         self._layouts: dict[tuple[object, ...], RowLayout] = {}
+        self._attention: dict[str, AttentionLayout] = {}
         self._linears: set[tuple[int, tuple[int, ...]]] = set()  # (inputs, widths) of the linears with adapters
 
     @property
     def layouts(self) -> dict[str, str]:
         """The layout of each product that is not unchanged."""
-        return {" ".join(map(str, key)): str(layout) for key, layout in self._layouts.items() if layout != UNCHANGED}
+        products = {
+            " ".join(map(str, key)): str(layout) for key, layout in self._layouts.items() if layout != UNCHANGED
+        }
+        return products | {name: str(layout) for name, layout in self._attention.items() if layout != AttentionLayout()}
 
     def add(self, inputs: int, widths: tuple[int, ...]) -> None:
         """Register a linear that adapters enter."""
@@ -213,6 +218,28 @@ class Exactness:
 
             self._layouts[name] = self._searched(name, layouts, search)
         return self._layouts[name]
+
+    def attention(
+        self,
+        name: str,
+        layouts: Sequence[AttentionLayout],
+        is_invariant: Callable[[AttentionLayout], bool],
+        device: torch.device,
+    ) -> AttentionLayout:
+        """The layout of attention's products. It is kept as a row layout is, by its two numbers."""
+        if not self.probes(device):
+            return layouts[0]
+        if name not in self._attention:
+            tried = layouts if device.type == "cpu" else layouts[:1]
+
+            def search() -> LayoutChoice:
+                found = next(filter(is_invariant, tried), None)
+                layout = found or layouts[0]
+                return LayoutChoice(RowLayout(layout.rows, layout.part), found is not None)
+
+            kept = self._found(name, search)
+            self._attention[name] = AttentionLayout(kept.least, kept.block)
+        return self._attention[name]
 
     def check(self, name: str, is_invariant: Callable[[], bool]) -> None:
         """Record whether a computation that has one layout only keeps the bits."""

@@ -3,8 +3,9 @@
 A row is the same computed among all rows of a sequence or alone, a token at a time, whatever the sequences beside it.
 For that, every operation is a float32 GEMM or elementwise:
 
-- GEMMs have at least 8 rows, below which libraries take other kernels, and values are added up 64 keys at a time, one
-  block after another: from some 190 summands on, a GEMM's order depends on their number;
+- GEMMs have whole multiples of 8 rows, below which libraries take other kernels, and values are added up 64 keys at a
+  time, one block after another: from some 190 summands on, a GEMM's order depends on their number. Where that does not
+  keep the bits, GEMMs are cut further (`AttentionLayout`);
 - softmax is exp(S - max), with exact zeros where masked, and its sum runs over the same blocks. So masked keys add
   nothing, and a block of them changes nothing.
 
@@ -19,11 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from knapper.engine.models.layer import ScoreRule
+from knapper.engine.models.layer import AttentionLayout, ScoreRule
 
 KEYS: Final = 64
-ROWS_MIN: Final = 8
-_queries: Final = 64  # of a block in training: later keys are skipped
+# In the order of the search. On Intel CPUs, by AVX2, the last two rows of 6 n + 2 have other bits than the others, and
+# where there are 128 columns few rows others than many; by AVX-512 so do few rows of 192 summands or more.
+LAYOUTS: Final = (
+    AttentionLayout(),
+    AttentionLayout(8, 128),
+    AttentionLayout(24, 64),
+    AttentionLayout(48, 64),
+    AttentionLayout(48, 32),
+)
+_queries: Final = 64  # of a block in training, or a little more: later keys are skipped
 _scores_max: Final = 1 << 18  # of a block: 1 MiB of float32, to stay in the cache
 
 
@@ -73,12 +82,13 @@ class _Block:
 
 
 def _blocks(
-    rows: int, past: int, keys_most: int, sizes: tuple[int, int], like: Tensor, window: int | None
+    rows: int, past: int, keys_most: int, sizes: tuple[int, int], like: Tensor, scores: ScoreRule
 ) -> Iterator[_Block]:
     """`past`: keys before the first row. `sizes`: of sequences, and of their query heads."""
     sequences, heads = sizes
-    for start in range(0, rows, _queries):
-        stop = min(start + _queries, rows)
+    window, queries = scores.window, _queries + -_queries % scores.layout.rows
+    for start in range(0, rows, queries):
+        stop = min(start + queries, rows)
         first = 0 if window is None else max(0, past + start - window + 1) // KEYS * KEYS
         last = min(_whole_blocks(past + stop), keys_most)
         hides_from = first if window is not None else min(past + start, last - 1)  # all rows see the keys before
@@ -104,18 +114,18 @@ def _forward(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, scores: ScoreRule) 
     total, groups = k_BTGD.shape[1:3]
     past, queries = total - tokens, heads // groups
     keys_BGCD, values_BGCD = (_padded_keys(x) for x in (k_BTGD, v_BTGD))
-    q_BGQTD = F.pad(_grouped(q_BTHD * scores.scale, groups), (0, 0, 0, -tokens % ROWS_MIN))
+    q_BGQTD = F.pad(_grouped(q_BTHD * scores.scale, groups), (0, 0, 0, -tokens % scores.layout.rows))
     rows = q_BGQTD.shape[3]
     outputs = q_BTHD.new_empty(sequences, groups, queries, rows, width)
     normalisers = q_BTHD.new_empty(sequences, groups, queries, rows)
-    for block in _blocks(rows, past, keys_BGCD.shape[2], (sequences, heads), q_BTHD, scores.window):
+    for block in _blocks(rows, past, keys_BGCD.shape[2], (sequences, heads), q_BTHD, scores):
         chunk, of_rows, of_keys = block.sequences, block.rows, block.keys
         q_XMD = q_BGQTD[chunk, :, :, of_rows].flatten(0, 1).flatten(1, 2)
         products_XMC = _scored(q_XMD, keys_BGCD[chunk, :, of_keys].flatten(0, 1), block, scores)
         values_XCD = values_BGCD[chunk, :, of_keys].flatten(0, 1)
         here = outputs[chunk, :, :, of_rows]
         sinks_XM1 = _sinks(scores, here.shape[:-1])
-        chunk_outputs, top, sums = _weighted_(products_XMC, values_XCD, sinks_XM1)
+        chunk_outputs, top, sums = _weighted_(products_XMC, values_XCD, sinks_XM1, scores.layout.part)
         here.copy_(chunk_outputs.view(here.shape))
         normalisers[chunk, :, :, of_rows] = (top + sums.log()).view(here.shape[:-1])
     return outputs[:, :, :, :tokens].flatten(1, 2), normalisers[..., :tokens].flatten(1, 2)
@@ -136,7 +146,7 @@ def _backward(
     mean_BGQT = (grad_BGQTD * outputs_BHTD.view(grad_BGQTD.shape)).sum(-1)
     normalisers_BGQT = normalisers_BHT.view(mean_BGQT.shape)
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q_BGQTD, keys_BGCD, values_BGCD))
-    for block in _blocks(tokens, 0, keys_BGCD.shape[2], (sequences, heads), q_BTHD, scores.window):
+    for block in _blocks(tokens, 0, keys_BGCD.shape[2], (sequences, heads), q_BTHD, scores):
         chunk, of_rows, of_keys = block.sequences, block.rows, block.keys
         q_XMD, grad_XMD = (x[chunk, :, :, of_rows].flatten(0, 1).flatten(1, 2) for x in (q_BGQTD, grad_BGQTD))
         keys_XCD, values_XCD = (x[chunk, :, of_keys].flatten(0, 1) for x in (keys_BGCD, values_BGCD))
@@ -171,11 +181,27 @@ def _padded_keys(x_BTGD: Tensor) -> Tensor:
 
 def _scored(q_XMD: Tensor, keys_XCD: Tensor, block: _Block, scores: ScoreRule) -> Tensor:
     """(X, M, C): capped products, -inf where a row does not see a key."""
-    products_XMC = torch.bmm(q_XMD, keys_XCD.transpose(1, 2))
+    products_XMC = product(q_XMD, keys_XCD.transpose(1, 2), scores.layout.part)
     cap_(products_XMC, scores)
     rows, keys = block.bias_MC.shape
     products_XMC.view(-1, rows, products_XMC.shape[-1])[..., -keys:].add_(block.bias_MC)
     return products_XMC
+
+
+def product(x_XMI: Tensor, y_XIN: Tensor, part: int) -> Tensor:
+    """x y (X, M, N), of at most `part` columns and summands at a time (0: all)."""
+    if not part or max(y_XIN.shape[1:]) <= part:
+        return torch.bmm(x_XMI, y_XIN)
+    summands = zip(x_XMI.split(part, dim=2), y_XIN.split(part, dim=1), strict=True)
+    outputs_XMN = _by_columns(*next(summands), part)
+    for x, y in summands:
+        outputs_XMN += _by_columns(x, y, part)
+    return outputs_XMN
+
+
+def _by_columns(x_XMI: Tensor, y_XIN: Tensor, part: int) -> Tensor:
+    columns = y_XIN.split(part, dim=2)
+    return torch.bmm(x_XMI, y_XIN) if len(columns) == 1 else torch.cat([torch.bmm(x_XMI, y) for y in columns], dim=2)
 
 
 def cap_(products: Tensor, scores: ScoreRule) -> None:
@@ -196,7 +222,7 @@ def _whole_blocks(keys: int) -> int:
 
 
 def _weighted_(
-    scores_XMC: Tensor, values_XCD: Tensor, sinks_XM1: Tensor | None = None
+    scores_XMC: Tensor, values_XCD: Tensor, sinks_XM1: Tensor | None, part: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values weighted by the scores' softmax, maxima, and sums of exponentials.
 
@@ -208,7 +234,9 @@ def _weighted_(
     sums = sums if sums.shape[-1] == 1 else sums.cumsum(-1)[..., -1:]
     sums = sums if sinks_XM1 is None else sums + (sinks_XM1 - top).exp()
     parts = zip(scores_XMC.split(KEYS, dim=-1), values_XCD.split(KEYS, dim=1), strict=True)
-    outputs = torch.bmm(*next(parts))
-    for part in parts:
-        outputs += torch.bmm(*part)  # what a product is added to must not be part of it: pages are added up the same
+    outputs = product(*next(parts), part)
+    for of_keys in parts:
+        outputs += product(
+            *of_keys, part
+        )  # what a product is added to must not be part of it: pages are added up the same
     return outputs / sums, top, sums

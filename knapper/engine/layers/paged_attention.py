@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from knapper.engine.layers import batch_invariant_attention
-from knapper.engine.layers.batch_invariant_attention import ROWS_MIN, causal
+from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.batch_invariant_attention import LAYOUTS, causal, product
 from knapper.engine.layers.determinism import keeps_bits
-from knapper.engine.models.layer import ScoreRule
+from knapper.engine.models.layer import AttentionLayout, ScoreRule
 from knapper.engine.transfer import to_device
 
 PAGE: Final = batch_invariant_attention.KEYS
@@ -131,12 +132,13 @@ def decoded(q_NGQD: Tensor, keys_PGCD: Tensor, values_PGCE: Tensor, table: PageT
     end are finite. Scores and sums are float32.
     """
     _, groups, queries, _ = q_NGQD.shape
-    rows = max(ROWS_MIN, queries) if table.in_order else queries  # the padding enters the GEMMs only
+    rows = queries + -queries % scores.layout.rows if table.in_order else queries  # the padding enters the GEMMs only
     q_NGMD = q_NGQD * scores.scale
     if rows > queries:
         q_NGMD = F.pad(q_NGMD, (0, 0, 0, rows - queries))
     q_XMD = q_NGMD.index_select(0, table.owner_P).flatten(0, 1)
-    products = torch.bmm(q_XMD, keys_PGCD.flatten(0, 1).transpose(1, 2)).float()
+    part = scores.layout.part if table.in_order else 0
+    products = product(q_XMD, keys_PGCD.flatten(0, 1).transpose(1, 2), part).float()
     batch_invariant_attention.cap_(products, scores)
     scores_PGMC = products.view(-1, groups, rows, PAGE)
     scores_PGQC = scores_PGMC[:, :, :queries].add_(table.bias_P11C(scores.window))
@@ -147,29 +149,39 @@ def decoded(q_NGQD: Tensor, keys_PGCD: Tensor, values_PGCE: Tensor, table: PageT
     sums_NGQ = table.summed(scores_PGQC.sum(-1))
     sums_NGQ = sums_NGQ if sinks_GQ is None else sums_NGQ + (sinks_GQ - top_NGQ).exp()
     p_XMC = scores_PGMC.flatten(0, 1).to(values_PGCE.dtype)
-    outputs_PGME = torch.bmm(p_XMC, values_PGCE.flatten(0, 1)).view(-1, groups, rows, values_PGCE.shape[-1])
+    outputs_PGME = product(p_XMC, values_PGCE.flatten(0, 1), part).view(-1, groups, rows, values_PGCE.shape[-1])
     outputs_NGQE = table.added(outputs_PGME[:, :, :queries].float())
     return (outputs_NGQE / sums_NGQ[..., None]).to(q_NGQD.dtype)
 
 
+def found_layout(
+    exactness: Exactness, heads: int, groups: int, width: int, scores: ScoreRule, device: torch.device
+) -> AttentionLayout:
+    """The layout of attention's products of these sizes that keeps the bits on this device, if there is one."""
+
+    def keeps_bits(layout: AttentionLayout) -> bool:
+        return is_invariant(heads, groups, width, replace(scores, layout=layout), device)
+
+    return exactness.attention(f"attention {heads}x{groups}x{width} {scores}", LAYOUTS, keeps_bits, device)
+
+
 @torch.inference_mode()
-def is_invariant(
-    heads: int,
-    groups: int,
-    width: int,
-    scores: ScoreRule,
-    device: torch.device = torch.device("cpu"),  # noqa: B008  a constant
-) -> bool:
-    """Whether on this device a row has the same bits in a sequence, in a prefix of it, as its rest, and decoded."""
+def is_invariant(heads: int, groups: int, width: int, scores: ScoreRule, device: torch.device) -> bool:
+    """Whether on this device a row has the same bits in a sequence, in a prefix of it, as its rest, among others, and
+    decoded.
+    """
     tokens = 3 * PAGE + 5
     window = None if scores.window is None else min(scores.window, PAGE + 9)
     scores = replace(scores, window=window)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, tokens, count, width, generator=generator).to(device) for count in (heads, groups, groups)
+        torch.randn(2, tokens, count, width, generator=generator).to(device) for count in (heads, groups, groups)
     )
-    whole = causal(q, k, v, scores=scores)
-    for count in (1, 7, PAGE, PAGE + 1, 2 * PAGE + 9):
+    both = causal(q, k, v, scores=scores)
+    q, k, v, whole = (x[:1] for x in (q, k, v, both))
+    if not torch.equal(causal(q, k, v, scores=scores), whole):
+        return False
+    for count in (1, 7, *range(9, PAGE, 8), PAGE, PAGE + 1, 2 * PAGE + 9):  # ends of each number of rows
         prefix = causal(*(x[:, :count] for x in (q, k, v)), scores=scores)
         suffix = causal(q[:, count:], k, v, scores=scores)
         if not (torch.equal(prefix, whole[:, :count]) and torch.equal(suffix, whole[:, count:])):

@@ -22,18 +22,33 @@ QkNorm = Literal["head", "width"]
 
 
 @dataclass(frozen=True)
+class AttentionLayout:
+    """How the products of exact attention are made: of a multiple of `rows` rows, and of at most `part` columns and
+    summands at a time (0: all). Which one keeps a row's bits in every company is tried on each CPU.
+    """
+
+    rows: int = 8
+    part: int = 0
+
+    def __str__(self) -> str:
+        return f"rows in multiples of {self.rows}" + (f", {self.part} columns and summands at a time" * bool(self.part))
+
+
+@dataclass(frozen=True)
 class ScoreRule:
     """How keys are weighted: the softmax of `scale` q k, over the last `window` keys (the row's own is one; None: all).
 
     `cap`: s becomes cap tanh(s / cap) before the softmax. Source: Gemma 2, arXiv 2408.00118, section 2.
     `sinks_H`: a score of each head, float32, that takes its part of the softmax and has no value; None until the
     weights are loaded, and in layers without `SelfAttention.sinks`. Source: arXiv 2309.17453, section 3.3.
+    `layout`: the one for this CPU, once the weights are loaded.
     """
 
     scale: float
     window: int | None = None
     cap: float | None = None
     sinks_H: "Tensor | None" = field(default=None, compare=False, repr=False)
+    layout: AttentionLayout = field(default=AttentionLayout(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from knapper.engine.layers import gated_delta, paged_attention, state_space
+from knapper.engine.layers import gated_delta, state_space
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models import weights
 from knapper.engine.models.base import Model
@@ -59,10 +59,6 @@ def load(
         tower = VisionTower(directory, dtype, torch.device(device))
     decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness), tower)
     if exactness.probes(decoder.device):
-        for mixer in set(config.attention):
-            sizes = mixer.heads, mixer.kv_heads, mixer.head_dim
-            name = f"attention {mixer.scores}"
-            exactness.check(name, partial(paged_attention.is_invariant, *sizes, mixer.scores, decoder.device))
         for recurrent in set(config.recurrent):
             match recurrent:
                 case GatedDelta() as facts:

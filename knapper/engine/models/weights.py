@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from knapper.engine.layers import paged_attention
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.experts import ExpertLinears
 from knapper.engine.layers.gated_delta import GatedDeltaRecurrence
@@ -32,7 +33,13 @@ from knapper.engine.models.blocks import (
     StateSpaceBlock,
 )
 from knapper.engine.models.config import ModelConfig
-from knapper.engine.models.layer import Attention, LatentAttention, Layer, SelfAttention
+from knapper.engine.models.layer import (
+    Attention,
+    LatentAttention,
+    Layer,
+    ScoreRule,
+    SelfAttention,
+)
 from knapper.engine.models.layer import Mixer as MixerFacts
 from knapper.engine.models.linear_shape import LinearShape
 from knapper.engine.models.mlp import FeedForward, Mixture, MixtureNames
@@ -152,13 +159,20 @@ class _Loader:
         norms = [self.norm(f"model.layers.{index}.{name}") for name in facts.norms()]
         q_norm, k_norm = norms or (None, None)
         qkv, o = self._sites(index, facts.inputs(hidden)), self._sites(index, [facts.output(hidden)])
+        scores = self._scores(facts)
         if facts.sinks:
-            sinks_H = self._float(index, f"{facts.block}.sinks")
-            facts = replace(facts, scores=replace(facts.scores, sinks_H=sinks_H))
+            scores = replace(scores, sinks_H=self._float(index, f"{facts.block}.sinks"))
+        facts = replace(facts, scores=scores)
         return AttentionBlock(facts, self._number(index), qkv, o, q_norm, k_norm)
+
+    def _scores(self, facts: Attention) -> ScoreRule:
+        sizes = facts.heads, facts.kv_heads, facts.head_dim
+        layout = paged_attention.found_layout(self.exactness, *sizes, facts.scores, self.tensors.device)
+        return replace(facts.scores, layout=layout)
 
     def _latent(self, index: int, facts: LatentAttention) -> LatentBlock:
         hidden, queries = self.config.hidden, facts.queries()
+        facts = replace(facts, scores=self._scores(facts))
         weights = [self.tensor(f"model.layers.{index}.{name}.weight") for name in facts.norms()]
         norms = [RmsNorm(weight, _LATENT_EPS) for weight in weights]
         return LatentBlock(
@@ -271,7 +285,7 @@ class _Tensors:
     """Memory-mapped tensors by name, checked against the configuration; packed ones in `dtype`, made when taken."""
 
     def __init__(self, directory: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+        self.device, self._dtype = device, dtype
         self._found = weight_files.expect_promised(directory, config)
         self._opened: dict[Path, safe_open] = {}
 
@@ -294,4 +308,4 @@ class _Tensors:
         file = self._opened.get(header.path) or weight_files.opened(header.path, "pt")
         self._opened[header.path] = file
         tensor: Tensor = file.get_tensor(header.stored)  # type: ignore[no-untyped-call]  # the library has no types here
-        return tensor.to(self._device)
+        return tensor.to(self.device)
