@@ -292,7 +292,7 @@ def test_the_program_of_the_documentation_runs(server: Server) -> None:
     assert block
     assert block[1].count("http://127.0.0.1:8000") == 2
     program = block[1].replace("http://127.0.0.1:8000", server.url)
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=110)
     assert said.returncode == 0, said.stderr.decode()
     assert said.stdout.strip()
 
