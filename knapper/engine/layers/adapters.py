@@ -1,11 +1,13 @@
 """LoRA on the frozen linears: several adapters, each on its own rows, over one base.
 
 N rows, I inputs, O outputs, R rank. delta = (scale * (x A^T)) B^T (arXiv 2106.09685, section 4.1), in the adapter's
-dtype (float32 for a trained one); the sum is rounded to the base's dtype once. `Segments` differentiates,
-`GatheredLora` decodes.
+dtype (float32 for a trained one), or rounded to the base's where that is much faster (`for_products`); the sum is
+rounded to the base's dtype. `Segments` differentiates, `GatheredLora` decodes.
 """
 
+import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Final, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 
 _RANK_MULTIPLE: Final = 16
+_LIMITS: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # which instructions oneDNN may use; the second is older
 
 
 def padded_rank(rank: int) -> int:
@@ -28,6 +31,23 @@ def pad_rank(matrix: Tensor, dim: int) -> Tensor:
     """A or B of an adapter with zeros along its rank `dim`, up to `padded_rank`."""
     missing = padded_rank(matrix.shape[dim]) - matrix.shape[dim]
     return matrix if missing == 0 else F.pad(matrix, (0, 0) * (matrix.dim() - 1 - dim) + (0, missing))
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 many times as fast as float32: by AMX, if oneDNN may use it.
+
+    By what the CPU has and not by a measurement: training and sampling, and every start, must take the same.
+    """
+    limits = [os.environ.get(name, "") for name in _LIMITS]  # noqa: TID251  oneDNN's own variables, not settings
+    allowed = all(limit.upper() in ("", "ALL", "DEFAULT") or "AMX" in limit.upper() for limit in limits)
+    return allowed and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def for_products(matrix: Tensor, x_N: Tensor) -> Tensor:
+    """A or B as products with rows `x_N` take it: a copy in bfloat16 where both may be, added up in float32."""
+    rounds = x_N.dtype == torch.bfloat16 and x_N.device.type == "cpu" and multiplies_bfloat16()
+    return matrix.to(torch.bfloat16) if rounds else matrix
 
 
 def product(layout: RowLayout, x_MI: Tensor, w_OI: Tensor) -> Tensor:

@@ -78,8 +78,9 @@ def _cover(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
     if count > 2 * sizes[-1]:
         whole = count // sizes[-1] - 1
         return (sizes[-1],) * whole + _cover(sizes, count - whole * sizes[-1])
-    covers = ((size, *_cover(sizes, count - size)) for size in sizes)
-    return tuple(sorted(min(covers, key=lambda cover: (_cost(cover), cover)), reverse=True))
+    covers = [(size, *_cover(sizes, count - size)) for size in sizes]
+    _, fewest = min((_cost(cover), cover) for cover in covers)
+    return tuple(sorted(fewest, reverse=True))
 
 
 def _cost(cover: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knapper.engine.layers.adapters import pad_rank, padded_rank, product
+from knapper.engine.layers.adapters import for_products, pad_rank, padded_rank, product
 from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora_on_gpu import wide_product
@@ -78,9 +78,10 @@ def logits(hidden_NH: Tensor, head: FrozenLinear, lora: HeadLora | None = None, 
         low_NR = (hidden_NH @ lora.a.T.to(hidden_NH.dtype)) * lora.scale
         logits_NV.addmm_(low_NR, lora.b.T.to(hidden_NH.dtype))  # rounded once
     elif lora is not None:
-        layout = head.exactness.adapter(padded_rank(len(lora.a)), lora.a)
-        low_NR = product(layout, hidden_NH.to(lora.a.dtype), pad_rank(lora.a, 0)) * lora.scale
-        logits_NV = (logits_NV + product(layout, low_NR, pad_rank(lora.b, 1))).to(logits_NV.dtype)
+        a_RH, b_VR = (for_products(matrix, hidden_NH) for matrix in (lora.a, lora.b))
+        layout = head.exactness.adapter(padded_rank(len(a_RH)), a_RH)
+        low_NR = product(layout, hidden_NH.to(a_RH.dtype), pad_rank(a_RH, 0)) * lora.scale
+        logits_NV = (logits_NV + product(layout, low_NR, pad_rank(b_VR, 1))).to(logits_NV.dtype)
     return capped_(logits_NV.to(_wide(hidden_NH)), cap)
 
 
@@ -186,7 +187,8 @@ class _AdaptedHead(torch.autograd.Function):
         lora = HeadLora(a_RH, b_VR, ctx.scale)
         _check_promise(grad_NK, ctx.needed_N)
         rows_M = _needed_rows(ctx.needed_N, hidden_NH.device)
-        back = _back if keeps_bits(hidden_NH.device) else _back_on_gpu
+        keeps = keeps_bits(hidden_NH.device) and for_products(a_RH, hidden_NH).dtype == a_RH.dtype
+        back = _back if keeps else _back_in_base_dtype
         grad_hidden_NH = torch.zeros_like(hidden_NH)
         grad_a_RH, grad_b_VR = torch.zeros_like(a_RH), torch.zeros_like(b_VR)
         for chunk in _chunks(len(rows_M), head.outputs):
@@ -216,7 +218,7 @@ def _back(
     return grad_h_CH.to(h_CH.dtype)
 
 
-def _back_on_gpu(
+def _back_in_base_dtype(
     grad_CV: Tensor, h_CH: Tensor, head: FrozenLinear, lora: HeadLora, grad_a_RH: Tensor, grad_b_VR: Tensor
 ) -> Tensor:
     """`_back`, in the base's dtype; A's and B's gradients add up in float32."""

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from knapper.engine.layers.adapters import pad_rank, padded_rank
+from knapper.engine.layers.adapters import for_products, pad_rank, padded_rank
 from knapper.engine.layers.batch_invariance import RowLayout
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
@@ -48,17 +48,20 @@ class AdapterGroup:
         self.scale_A11 = scales_A[:, None, None]
         self._stacked: dict[tuple[str, ...], tuple[Tensor, list[Tensor | None]] | None] = {}
 
-    def of(self, names: Sequence[str]) -> tuple[Tensor, list[Tensor | None]] | None:
-        """A of the target modules side by side (A, sum of R, I), B by target module (A, O, R); None without any."""
+    def of(self, names: Sequence[str], x_N: Tensor) -> tuple[Tensor, list[Tensor | None]] | None:
+        """A of the target modules side by side (A, sum of R, I), B by target module (A, O, R), for products with rows
+        such as `x_N`; None without any.
+        """
+
+        def stacked(matrices: Sequence[Tensor], dim: int) -> Tensor:
+            return for_products(torch.stack([pad_rank(matrix, dim) for matrix in matrices]), x_N)
+
         key = tuple(names)
         if key not in self._stacked:
             adapted = [name for name in names if name in self.loras[0].a]
             self._stacked[key] = None if not adapted else (
-                torch.cat([torch.stack([pad_rank(lora.a[name], 0) for lora in self.loras]) for name in adapted], 1),
-                [
-                    torch.stack([pad_rank(lora.b[name], 1) for lora in self.loras]) if name in adapted else None
-                    for name in names
-                ],
+                torch.cat([stacked([lora.a[name] for lora in self.loras], 0) for name in adapted], 1),
+                [stacked([lora.b[name] for lora in self.loras], 1) if name in adapted else None for name in names],
             )  # fmt: skip
         return self._stacked[key]
 
@@ -96,7 +99,7 @@ class GatheredLora:
     def __call__(self, names: Sequence[str], x_NI: Tensor, linear: FrozenLinear) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = linear(x_NI).split(linear.widths, dim=1)
         for index, (group, members) in enumerate(self._groups):
-            stacked = group.of(names)
+            stacked = group.of(names, x_NI)
             if stacked is not None:
                 a_ARI, b_parts = stacked
                 layout = linear.exactness.adapter(group.rank, a_ARI)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knapper.engine.layers.adapters import pad_rank, padded_rank, product
+from knapper.engine.layers.adapters import for_products, pad_rank, padded_rank, product
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.linear import FrozenLinear
@@ -87,6 +87,7 @@ class AdaptedRows:
         self, outputs: Sequence[Tensor], x_NI: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], exactness: Exactness
     ) -> Tensor:
         """Adds the adapter's part to its rows of each output; x A^T, scaled, which `gradients` takes."""
+        a, b = ([for_products(matrix, x_NI) for matrix in side] for side in (a, b))
         x_MI = self.of(x_NI).to(a[0].dtype)
         layout = exactness.adapter(padded_rank(len(a[0])), a[0])
         low_MR = product(layout, x_MI, _stacked([pad_rank(a_RI, 0) for a_RI in a])) * self.scale
@@ -104,15 +105,18 @@ class AdaptedRows:
         b: Sequence[Tensor],
     ) -> list[Tensor]:
         """Those of all A, then of all B, by the outputs' `grads`; that of the rows is added to `grad_NI`."""
+        own, (a, b) = a[0].dtype, ([for_products(matrix, x_NI) for matrix in side] for side in (a, b))
         x_MI = self.of(x_NI).to(a[0].dtype)
         part_grads = [self.of(grads[part]).to(x_MI.dtype) for part in self.parts]
         grad_low_MR = _joined([grad_MO @ b_OR for grad_MO, b_OR in zip(part_grads, b, strict=True)]).mul_(self.scale)
         found = list((grad_low_MR.T @ x_MI).split([len(a_RI) for a_RI in a]))
         for grad_MO, low, a_RI in zip(part_grads, _by_part(low_MR, a), a, strict=True):
             found.append(grad_MO.T @ low[:, : len(a_RI)])
-        if grad_NI is not None:
+        if grad_NI is not None and grad_NI.dtype == grad_low_MR.dtype:
+            self.of(grad_NI).addmm_(grad_low_MR, _stacked(a))
+        elif grad_NI is not None:
             self.of(grad_NI).add_(grad_low_MR @ _stacked(a))
-        return found
+        return [matrix.to(own) for matrix in found]
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def test_bfloat16_weights_give_float32_log_probabilities() -> None:
     logprobs = target_logprobs(half, frozen(half_head), targets, lora)
     wanted = plain(half.float(), half_head.float(), targets, lora)
     assert logprobs.dtype == torch.float32
-    torch.testing.assert_close(logprobs, wanted, rtol=0, atol=0.1)
+    torch.testing.assert_close(logprobs, wanted, rtol=0, atol=0.15)  # logits above 16 are an eighth apart
     leaves = (half, lora.a, lora.b)
     for own_grad, plain_grad in zip(
         torch.autograd.grad(logprobs.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True

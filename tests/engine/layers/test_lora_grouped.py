@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from knapper.engine.layers import adapters as adapters_module
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
+from knapper.engine.layers.lora_gathered import GatheredLora, Stack
 from knapper.engine.layers.lora_grouped import Segment, Segments
 
 NAMES, WIDTHS, INPUTS, ROWS = ("q", "k", "v"), (40, 24, 24), 32, 50
@@ -80,15 +82,59 @@ def test_without_adapters_a_gradient_goes_through_all_the_same() -> None:
     torch.testing.assert_close(x_NI.grad, weigh @ weight_OI, rtol=0, atol=1e-12)
 
 
-def test_a_base_in_bfloat16_is_rounded_once_and_its_adapters_stay_in_float32() -> None:
+@pytest.fixture(params=[False, True], ids=["adapters in float32", "adapters rounded"])
+def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on a CPU that multiplies bfloat16 many times as fast, and as on one that does not."""
+    rounds: bool = request.param
+    monkeypatch.setattr(adapters_module, "multiplies_bfloat16", lambda: rounds)
+    return rounds
+
+
+def test_of_a_base_in_bfloat16_adapters_are_rounded_for_products_at_most(rounds: bool) -> None:
     weight_OI = random(sum(WIDTHS), INPUTS, seed=1).bfloat16()
     x_NI, loras = random(ROWS, INPUTS, seed=2).bfloat16().requires_grad_(), adapters(torch.float32)
     outputs = segments(loras)(NAMES, x_NI, FrozenLinear(weight_OI.split(WIDTHS), torch.bfloat16))
     wanted = formula(x_NI.float(), torch.zeros(sum(WIDTHS), INPUTS), loras)
     plain = (x_NI @ weight_OI.T).split(WIDTHS, dim=1)
     for part, y_NO, delta_NO in zip(outputs, plain, wanted, strict=True):
-        torch.testing.assert_close(part, (y_NO + delta_NO).bfloat16(), rtol=2**-7, atol=1e-5)
+        near = 2**-8 * float(delta_NO.detach().abs().max()) if rounds else 1e-5
+        torch.testing.assert_close(part, (y_NO + delta_NO).bfloat16(), rtol=2**-7, atol=near)
+    of_formula = torch.autograd.grad(wanted, leaves(loras), [torch.ones_like(part) for part in wanted])
     torch.autograd.backward(outputs, [torch.ones_like(part) for part in outputs])
     assert x_NI.grad is not None
     assert x_NI.grad.dtype == torch.bfloat16
-    assert {leaf.grad.dtype for leaf in leaves(loras) if leaf.grad is not None} == {torch.float32}
+    for leaf, wanted_grad in zip(leaves(loras), of_formula, strict=True):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == torch.float32
+        rounded = 2**-7 if rounds else 2**-20
+        torch.testing.assert_close(leaf.grad, wanted_grad, rtol=0, atol=rounded * float(wanted_grad.abs().max()))
+
+
+def test_a_decoding_row_has_the_bits_that_it_has_in_training(rounds: bool) -> None:
+    assert isinstance(rounds, bool)
+    weight_OI = random(sum(WIDTHS), INPUTS, seed=1).bfloat16()
+    x_NI, loras = random(ROWS, INPUTS, seed=2).bfloat16(), adapters(torch.float32)
+    linear = FrozenLinear(weight_OI.split(WIDTHS), torch.bfloat16)
+    row_loras = [
+        next((loras[name] for name, span in SPANS.items() if row in range(*span)), None) for row in range(ROWS)
+    ]
+    with torch.inference_mode():
+        decoded = GatheredLora(Stack(list(loras.values())), row_loras, torch.device("cpu"))(NAMES, x_NI, linear)
+        trained = segments(loras)(NAMES, x_NI, linear)
+    assert linear.exactness.broken == []
+    for decoded_part, trained_part in zip(decoded, trained, strict=True):
+        assert torch.equal(decoded_part, trained_part)
+
+
+@pytest.mark.parametrize(
+    ("limit", "allows"),
+    [("", True), ("DEFAULT", True), ("AVX512_CORE_AMX", True), ("AVX512_CORE_BF16", False), ("avx2", False)],
+)
+def test_amx_is_counted_on_only_where_onednn_may_use_it(
+    monkeypatch: pytest.MonkeyPatch, limit: str, *, allows: bool
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert adapters_module.multiplies_bfloat16.__wrapped__() is allows
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    assert not adapters_module.multiplies_bfloat16.__wrapped__()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from knapper.engine.layers import lora_on_gpu
 from knapper.engine.layers.determinism import keep_bits_on_gpu, keeps_bits
-from knapper.engine.layers.head import HeadLora, _back, _back_on_gpu
+from knapper.engine.layers.head import HeadLora, _back, _back_in_base_dtype
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments, _Adapted
@@ -104,7 +104,7 @@ def test_the_heads_gradients_are_those_of_the_reference() -> None:
     lora = HeadLora(_random(8, 32), _random(90, 8), 0.5)
     grad_CV, h_CH = _random(12, 90), _random(12, 32).bfloat16()
     found, true = ([torch.zeros_like(lora.a), torch.zeros_like(lora.b)] for _ in range(2))
-    rows = [back(grad_CV, h_CH, head, lora, *of) for back, of in ((_back_on_gpu, found), (_back, true))]
+    rows = [back(grad_CV, h_CH, head, lora, *of) for back, of in ((_back_in_base_dtype, found), (_back, true))]
     for one, other in zip([rows[0], *found], [rows[1], *true], strict=True):
         assert float((one.float() - other.float()).abs().max()) <= 0.02 * float(other.abs().max())
 
