@@ -64,7 +64,7 @@ class InvalidField(UserError):
         if len(shown) > 120:
             shown = shown[:117] + "..."
         super().__init__(f"{field} is {shown}; allowed: {allowed}" + (f". {todo}" if todo else ""))
-        self.field, self.value, self.allowed, self.todo = field, value, allowed, todo
+        self.field, self.value, self.allowed, self.todo = printable(field), value, allowed, todo
 
     def __reduce__(self) -> tuple[object, ...]:
         """Without a value that may be as large as the request."""

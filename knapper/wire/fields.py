@@ -11,7 +11,7 @@ from knapper.errors import InvalidField
 Id = Annotated[str, Meta(min_length=1, max_length=limits.id_chars_max)]
 Text = Annotated[str, Meta(max_length=limits.text_chars_max)]
 Number = Annotated[int, Meta(ge=0, le=limits.counter_max)]  # a client's counter
-Seq = Annotated[int, Meta(ge=1, le=limits.counter_max)]
+Seq = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # an int32 in its protobuf
 Seed = Annotated[int, Meta(ge=limits.seed_min, le=limits.seed_max)]
 Ttl = Annotated[int, Meta(ge=limits.ttl_s_min, le=limits.ttl_s_max)]
 Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]

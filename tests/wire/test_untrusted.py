@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import yaml
 
+from gateway import body_decoders
 from knapper.catalogue.chat_templates import Template
 from knapper.errors import KnapperError, UserError
 from knapper.events import cloudevents
@@ -25,7 +26,8 @@ from knapper.wire.untrusted import parsing
 DEEP = "[" * 50_000
 ODD: list[bytes] = [
     b"", b"\0", b"\xff\xfe", DEEP.encode(), b'{"a":' * 50_000, b"[" * 900 + b"]" * 900, b"1" * 5000, b"1" + b"0" * 400,
-    b"1e400", b'"\\ud800"', b'{"\\ud800": 1}', b"NaN", b"[NaN" * 900, b"\x80\x81", "\u202e\u2028".encode(),
+    b"1e400", b'"\\ud800"', b'{"\\ud800": 1}', b'{"\\ud800": NaN}', b"NaN", b"[NaN" * 900,
+    b"\x80\x81", "\u202e\u2028".encode(),
     b"{}" * 10, b"\xef\xbb\xbf{}",
 ]  # fmt: skip
 STRUCTURED = {"content-type": "application/cloudevents+json"}
@@ -71,7 +73,17 @@ def test_odd_bytes_are_their_senders_fault(border: Callable[[bytes], object]) ->
             refused.append(error)
     assert refused
     assert all(error.status < 500 for error in refused)
-    msgspec.json.encode([str(error) for error in refused])  # they can be answered, and logged
+    msgspec.json.encode([(str(error), error.field) for error in refused])  # they can be answered, and logged
+
+
+@pytest.mark.parametrize("seq", [0, 2**31, 2**53 + 1, 10**17, 10**400])
+def test_a_number_that_protobuf_cannot_hold_is_its_senders_fault(seq: int) -> None:
+    datum = {"model_input": {"chunks": [{"tokens": [1, 2]}]}, "loss_fn_inputs": {}}
+    forward = {"data": [datum], "loss_fn": "cross_entropy"}
+    body = json.dumps({"model_id": "ses-1:train:0", "seq_id": seq, "forward_input": forward}).encode()
+    refused = body_decoders.json_forward_only(body)
+    assert isinstance(refused, body_decoders.RefusedRequest)
+    assert "seq_id" in str(refused.error)
 
 
 @pytest.mark.parametrize(
