@@ -36,14 +36,15 @@ class StoredChoices:
         known = self._known.get(product)
         if known is None:
             return None
-        return LayoutChoice(RowLayout(known.least, known.block, known.larger), known.invariant)
+        return LayoutChoice(RowLayout(known.least, known.block, known.larger, known.alone), known.invariant)
 
     def add(self, product: str, choice: LayoutChoice) -> None:
         """Stored behind the caller's back, which does not wait."""
         layout = choice.layout
         result = ProbeResult(
-            product=product, least=layout.least, block=layout.block, larger=layout.larger, invariant=choice.invariant
-        )
+            product=product, least=layout.least, block=layout.block, larger=layout.larger, alone=layout.alone,
+            invariant=choice.invariant,
+        )  # fmt: skip
         self._known[product] = result
         self._thread.submit(_run, self._keep(result))
 

@@ -19,6 +19,7 @@ class ProbeResult(Record, frozen=True, kw_only=True):
     least: int
     block: int
     larger: tuple[int, ...] = ()
+    alone: bool = False
     invariant: bool
 
 

@@ -36,13 +36,15 @@ class RowLayout:
     """How rows enter a product: padded with zero rows up to `least`, or up to whole blocks of `block`.
 
     Each block is a product of its own. `larger`: the other sizes of a block, ascending, in which a row has the bits
-    that it has in one of `block` rows. The output of padding is never read. Rows are aligned to vector registers: of
+    that it has in one of `block` rows. `alone`: adapters that decode together have products of their own, as in
+    training, in place of one batch. The output of padding is never read. Rows are aligned to vector registers: of
     unaligned rows, which a view may have, some kernels add the first numbers in another order.
     """
 
     least: int = 1
     block: int = 0  # all rows at once
     larger: tuple[int, ...] = ()
+    alone: bool = False
 
     def rows(self, count: int) -> int:
         """`count` with padding."""
@@ -67,7 +69,8 @@ class RowLayout:
 
     def __str__(self) -> str:
         sizes = " or ".join(map(str, (self.block, *self.larger)))
-        return f"blocks of {sizes} rows" if self.block else f"{self.least} rows at least"
+        rows = f"blocks of {sizes} rows" if self.block else f"{self.least} rows at least"
+        return f"{rows}, an adapter at a time" if self.alone else rows
 
 
 @lru_cache(maxsize=4096)
@@ -113,6 +116,10 @@ ADAPTER_LAYOUTS: Final = (
     RowLayout(block=64),
     RowLayout(block=128),
 )
+# Tried where none of these keeps the bits. The kernels of Intel's AVX2 take six rows, so these are whole sixes for each
+# of two or four threads; and batches of adapters are computed by other kernels there.
+_SIXES: Final = (RowLayout(block=48), RowLayout(block=96), RowLayout(block=192))
+_SIXES_ALONE: Final = (*_SIXES, *(RowLayout(block=size, alone=True) for size in (48, 96, 192, 64, 128)))
 # Of a GPU, whose kernel follows from the number of rows: small blocks would leave most of it idle in training.
 GPU_LAYOUTS: Final = (UNCHANGED, RowLayout(block=256), RowLayout(block=128), RowLayout(block=64))
 
@@ -211,7 +218,8 @@ class Exactness:
             is_invariant = partial(_adapter_is_invariant, shapes=sorted(shapes), like=like)
 
             def search() -> RowLayout | None:
-                found = next(filter(is_invariant, layouts), None)
+                tried = [*layouts, *_SIXES_ALONE] if like.device.type == "cpu" else layouts
+                found = next(filter(is_invariant, tried), None)
                 if found is None or not found.block or like.device.type != "cpu":
                     return found
                 extended = _extended_for_adapters(found, sorted(shapes), like)
@@ -314,7 +322,11 @@ def _found_layout(layouts: Sequence[RowLayout], product: Product, x_NI: Tensor, 
     """The first layout that keeps the bits; among blocks, on a CPU, the one whose larger ones make it the cheapest."""
     is_invariant = partial(_is_invariant, product=product, x_NI=x_NI, outputs=outputs)
     found = next(filter(is_invariant, layouts), None)
-    if found is None or not found.block or x_NI.device.type != "cpu":
+    if x_NI.device.type != "cpu":
+        return found
+    if found is None:
+        return next(filter(is_invariant, _SIXES), None)
+    if not found.block:
         return found
     others = filter(is_invariant, layouts[layouts.index(found) + 1 :])
     extended = [_extended(layout, product, x_NI) for layout in (found, *others)]
@@ -353,6 +365,13 @@ def _is_invariant(layout: RowLayout, product: Product, x_NI: Tensor, outputs: in
     return True
 
 
+def adapters_product(layout: RowLayout, x_XMI: Tensor, w_XOI: Tensor) -> Tensor:
+    """x w^T (X, M, O): blocks of rows, each with its own matrix."""
+    if layout.alone:
+        return torch.stack([F.linear(x_MI, w_OI) for x_MI, w_OI in zip(x_XMI, w_XOI, strict=True)])
+    return torch.bmm(x_XMI, w_XOI.transpose(1, 2))
+
+
 def _adapter_is_invariant(layout: RowLayout, shapes: Sequence[tuple[int, int]], like: Tensor) -> bool:
     """As training computes it (`F.linear`), and as decoding does: several adapters in one batch."""
     for inputs, outputs in shapes:
@@ -368,7 +387,8 @@ def _adapter_is_invariant(layout: RowLayout, shapes: Sequence[tuple[int, int]], 
             batch = x_NI[: adapters * count].view(adapters, count, inputs)
             padded = torch.stack([layout.padded(rows) for rows in batch])
             blocks = padded.view(-1, layout.block or padded.shape[1], inputs)
-            products = torch.bmm(blocks, w_OI.T.expand(len(blocks), -1, -1)).view(adapters, -1, outputs)[:, :count]
+            products = adapters_product(layout, blocks, w_OI.expand(len(blocks), -1, -1))
+            products = products.view(adapters, -1, outputs)[:, :count]
             if not torch.equal(products.reshape(-1, outputs), whole[: adapters * count]):
                 return False
     return True

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from knapper.engine.layers.adapters import for_products, pad_rank, padded_rank
-from knapper.engine.layers.batch_invariance import RowLayout
+from knapper.engine.layers.batch_invariance import RowLayout, adapters_product
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.transfer import to_device
@@ -122,13 +122,13 @@ class GatheredLora:
         else:
             rows_NI = x_NI.index_select(0, blocks.gather)
         x_XMI = rows_NI.view(-1, blocks.width, x_NI.shape[1]).to(a_ARI.dtype)
-        low_XMR = torch.bmm(x_XMI, blocks.of(a_ARI).transpose(1, 2)) * blocks.of(group.scale_A11)
+        low_XMR = adapters_product(blocks.layout, x_XMI, blocks.of(a_ARI)) * blocks.of(group.scale_A11)
         low_XMR = low_XMR.to(a_ARI.dtype)
         lows = iter(low_XMR.split(group.rank, dim=2))
         return tuple(
             part
             if b_AOR is None
-            else self._sum(part, torch.bmm(next(lows), blocks.of(b_AOR).transpose(1, 2)).flatten(0, 1), blocks)
+            else self._sum(part, adapters_product(blocks.layout, next(lows), blocks.of(b_AOR)).flatten(0, 1), blocks)
             for part, b_AOR in zip(parts, b_parts, strict=True)
         )
 
@@ -143,6 +143,7 @@ class GatheredLora:
 class _Blocks:
     """Row indices of a group: each adapter's in blocks of `width`, padded with row 0, whose output is dropped."""
 
+    layout: RowLayout
     width: int
     adapters: Tensor  # of each block
     gather: Tensor
@@ -172,6 +173,7 @@ def _blocks(members: Sequence[Sequence[int]], layout: RowLayout, device: torch.d
     ]
     adapters = [adapter for adapter, _ in blocks]
     return _Blocks(
+        layout,
         width,
         _indices(adapters, device),
         _indices([row for _, rows in blocks for row in [*rows, *[0] * (width - len(rows))]], device),
