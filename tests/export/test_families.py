@@ -1,6 +1,7 @@
 """Of every family that is served: merged weights are the base's with the adapter's, and an adapter comes back."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from knapper.errors import UserError
 from knapper.export import adapter, imported, merge
 from knapper.ids import LOCAL_TENANT
 from tests.engine.composites import CASES, composite_model
+from tests.engine.packed import bitsandbytes_model, fp8_model, int4_model, mxfp4_model
 from tests.engine.runs import datum, done, request, spec
 from tests.engine.strange import FOREIGN, NATIVE, strange_model
 from tests.engine.test_peft_parity import plain_logprobs
@@ -133,4 +135,12 @@ def test_pairs_of_all_experts_that_cannot_be_told_apart_are_refused(
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
     with pytest.raises(UserError, match=said):
+        merge.plan(base, adapter.read(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("make", [mxfp4_model, fp8_model, bitsandbytes_model, int4_model])
+def test_a_packed_base_is_refused_with_what_to_merge_into(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    base = make(tmp_path / "base")
+    trained(base, tmp_path / "adapter", head=False)
+    with pytest.raises(UserError, match="unquantized"):
         merge.plan(base, adapter.read(tmp_path / "adapter"))
