@@ -81,6 +81,7 @@ image_pixels_max = 16 * MIB  # 4096 x 4096, by its header: decoded they take thr
 image_sides_ratio_max = 200  # the longer one by the shorter one, as Qwen's own processor has it
 image_tokens_max = 16384  # those of so many pixels, at 32 x 32 a token
 images_max = 1024  # of one request
+image_segments_max = 4096  # of a JPEG before its pixels
 
 # ---- Sampling.
 num_samples_max = 1024  # samples of one asample request

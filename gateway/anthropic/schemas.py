@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from gateway.openai import images
 from gateway.openai.chats import Chat
 from gateway.openai.tools import ToolName, call_as_template, use_of
 from knapper import limits
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
-from knapper.wire import grammars, types
+from knapper.wire import grammars, image_files, types
+from knapper.wire.image_files import NOT_FETCHED, ImageFile
 from knapper.wire.json import decode
 
 Name = Annotated[str, Meta(min_length=1, max_length=limits.text_chars_max)]
@@ -30,6 +32,28 @@ class TextBlock(msgspec.Struct, frozen=True, kw_only=True, tag="text", forbid_un
     citations: None = None
 
 
+class Base64Source(msgspec.Struct, frozen=True, kw_only=True, tag="base64", forbid_unknown_fields=True):
+    media_type: str
+    data: str
+
+
+class UrlSource(msgspec.Struct, frozen=True, kw_only=True, tag="url", forbid_unknown_fields=True):
+    """Refused: nothing is fetched."""
+
+    url: str
+
+
+class ImageBlock(msgspec.Struct, frozen=True, kw_only=True, tag="image", forbid_unknown_fields=True):
+    source: Base64Source | UrlSource
+    cache_control: Any = None
+
+    def file(self, at: str) -> ImageFile:
+        """Raises InvalidField, TooLarge."""
+        if isinstance(self.source, UrlSource):
+            raise InvalidField(f"{at}.source.url", self.source.url, "a source of the type base64", NOT_FETCHED)
+        return image_files.of_base64(self.source.media_type, self.source.data, at, f"{at}.source.data")
+
+
 class ToolUseBlock(msgspec.Struct, frozen=True, kw_only=True, tag="tool_use", forbid_unknown_fields=True):
     id: CallId
     name: ToolName
@@ -45,7 +69,7 @@ class ToolResultBlock(msgspec.Struct, frozen=True, kw_only=True, tag="tool_resul
     cache_control: Any = None
 
 
-Block = TextBlock | ToolUseBlock | ToolResultBlock
+Block = TextBlock | ImageBlock | ToolUseBlock | ToolResultBlock
 Blocks = Annotated[list[Block], Meta(max_length=limits.chat_messages_max)]
 
 
@@ -60,18 +84,24 @@ class AnthropicMessage(_Strict, frozen=True, kw_only=True):
         if self.role == "assistant":
             return [self._called(at)]
         messages: list[AgentMessage] = []
+        own: list[images.Part] = []  # of a message that is not yet among them
         for i, block in enumerate(self.content):
+            place = f"{at}.content[{i}]"
             if isinstance(block, ToolUseBlock):
-                raise InvalidField(f"{at}.content[{i}].type", "tool_use", "tool_use in the assistant's messages only")
+                raise InvalidField(f"{place}.type", "tool_use", "tool_use in the assistant's messages only")
             if isinstance(block, ToolResultBlock):
+                messages += self._said(own)
+                own = []
                 messages.append({"role": "tool", "content": _result(block), "tool_call_id": block.tool_use_id})
-            elif messages and messages[-1]["role"] == self.role:
-                messages[-1] = {"role": self.role, "content": f"{messages[-1]['content']}\n{block.text}"}
             else:
-                messages.append({"role": self.role, "content": block.text})
+                own.append(block.text if isinstance(block, TextBlock) else block.file(place))
+        messages += self._said(own)
         if not messages:
             raise InvalidField(f"{at}.content", [], "at least one block")
         return messages
+
+    def _said(self, parts: list[images.Part]) -> list[AgentMessage]:
+        return [{"role": self.role, "content": images.content(parts, "\n")}] if parts else []
 
     def _called(self, at: str) -> AgentMessage:
         texts, calls = list[str](), list[dict[str, Any]]()
@@ -81,7 +111,8 @@ class AnthropicMessage(_Strict, frozen=True, kw_only=True):
             elif isinstance(block, ToolUseBlock):
                 calls.append(call_as_template(block.id, block.name, block.input))
             else:
-                raise InvalidField(f"{at}.content[{i}].type", "tool_result", "tool_result in the user's messages only")
+                kind = "image" if isinstance(block, ImageBlock) else "tool_result"
+                raise InvalidField(f"{at}.content[{i}].type", kind, f"{kind} in the user's messages only")
         message = {"role": "assistant", "content": "\n".join(texts)}
         return {**message, "tool_calls": calls} if calls else message
 
@@ -176,7 +207,8 @@ class CountRequest(_Strict, frozen=True, kw_only=True):
 
     def chat(self, params: types.SamplingParams) -> Chat:
         """Raises InvalidField."""
-        return Chat(self.model, self.conversation(), params, self.tool_use(), self.answer())
+        conversation, files = images.apart(self.conversation())
+        return Chat(self.model, conversation, params, self.tool_use(), self.answer(), images=files)
 
 
 class MessagesRequest(CountRequest, frozen=True, kw_only=True):

@@ -14,15 +14,15 @@ from starlette.responses import Response
 
 from gateway import bodies
 from gateway.console.pages import Viewer, missing, page, query_number, render
-from gateway.console.tokens import language_of, prompt_of, surprise, texts_of
+from gateway.console.tokens import IMAGE, PromptPart, language_of, parts_of, surprise, texts_of
 from knapper import limits
 from knapper.errors import InvalidField
 from knapper.ids import RunId
 from knapper.state import layout
 from knapper.state.journal.records import Operation, Result, decode
 from knapper.store import many
-from knapper.wire import proto
-from knapper.wire.types import Datum
+from knapper.wire import prompts, proto
+from knapper.wire.types import Datum, Image
 
 _DATUMS: Final = 50  # on one page
 _DIFFERENCES: Final = (0.01, 0.05, 0.2, 1.0)  # nats; rounding is below the first shade
@@ -42,9 +42,13 @@ class DatumRow(msgspec.Struct, frozen=True):
 
 
 class TokenRow(msgspec.Struct, frozen=True):
-    """One target: its log-probability by the trainer, by the sampler, and its advantage, where there are such."""
+    """One target: its log-probability by the trainer, by the sampler, and its advantage, where there are such.
+
+    `image`: it is of an image, and its id says nothing.
+    """
 
     position: int
+    image: bool
     token: int
     trainer: float
     sampler: float | None
@@ -106,17 +110,20 @@ async def show_datum(request: Request, viewer: Viewer) -> Response:
     found = await bodies.in_worker(request, tokens_of, operation.body(), result.body, number)
     if found is None:
         raise missing(f"operation {operation.seq} of {operation.run} has no datum {number}")
-    prompt, rows = found
+    parts, rows = found
+    prompt = next((part for part in reversed(parts) if isinstance(part, list)), [])
     spec = await viewer.gateway.lookups.spec(operation.run, viewer.tenant)
     language = await language_of(viewer.gateway, spec.base_model)
     ids = [row.token for row in rows]
     texts = await many.off_loop(lambda _: texts_of(language, prompt, ids, first), None)
     scale = max((abs(row.advantage) for row in rows if row.advantage is not None), default=0.0)
-    cells = [TokenCell(row, *text, scale) for row, text in zip(rows, texts, strict=False)]
+    cells = [
+        TokenCell(row, *(("", IMAGE) if row.image else text), scale) for row, text in zip(rows, texts, strict=False)
+    ]
     return render(
         request, viewer, "pass_tokens.html", run=operation.run, seq=operation.seq, number=number,
         cells=cells[first:], first=first, count=len(rows), page_size=limits.console_tokens_max,
-        prompt=prompt_of(language, prompt), readable=language is not None, legend=legend(),
+        prompt=parts_of(language, parts), readable=language is not None, legend=legend(),
         sampled=any(row.sampler is not None for row in rows), taught=scale > 0,
     )  # fmt: skip
 
@@ -150,7 +157,7 @@ def rows_of(body: bytes, output: bytes, first: int) -> tuple[list[DatumRow], int
     return [_row(n, *each) for n, each in enumerate(both[first : first + _DATUMS], first)], len(both)
 
 
-def tokens_of(body: bytes, output: bytes, number: int) -> tuple[list[int], list[TokenRow]] | None:
+def tokens_of(body: bytes, output: bytes, number: int) -> tuple[list[PromptPart], list[TokenRow]] | None:
     """(the prompt, the targets from the first one that is trained on). None without such a datum. Raises UserError."""
     both = _joined(body, output)
     if number >= len(both):
@@ -158,15 +165,18 @@ def tokens_of(body: bytes, output: bytes, number: int) -> tuple[list[int], list[
     datum, trainer_T = both[number]
     targets_T, trained_T, sampler_T, advantages_T = _arrays(datum, trainer_T)
     begin = int(np.argmax(trained_T)) if trained_T.any() else 0
+    seen = {at for image in datum.images for at in range(image.at, image.at + image.tokens)}
     rows = [
         TokenRow(
-            position=at - begin, token=int(targets_T[at]), trainer=float(trainer_T[at]),
+            position=at - begin, image=at + 1 in seen, token=int(targets_T[at]), trainer=float(trainer_T[at]),
             sampler=None if sampler_T is None or not trained_T[at] else float(sampler_T[at]),
             advantage=None if advantages_T is None else float(advantages_T[at]),
         )
         for at in range(begin, len(targets_T))
     ]  # fmt: skip
-    return [*datum.tokens[: begin + 1].tolist()], rows
+    shown = [image for image in datum.images if image.at + image.tokens <= begin + 1]
+    cut = prompts.cut(datum.tokens[: begin + 1], shown)
+    return [part.tokens if isinstance(part, Image) else part.tolist() for part in cut], rows
 
 
 Array = NDArray[Any]

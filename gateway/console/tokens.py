@@ -13,6 +13,9 @@ from knapper.catalogue.tokenizer import Language
 from knapper.errors import KnapperError
 from knapper.state.job_records import Rollouts
 
+IMAGE = "image"
+PromptPart = list[int] | int  # token ids, or how many tokens an image has
+
 _SURPRISES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # nats: the first shade is of tokens that are all but certain
 _ADVANTAGES = (0.05, 0.5, 1.0, 1.5)  # and as many below 0; group_normalised has few beyond
 
@@ -79,6 +82,16 @@ def prompt_of(language: Language | None, tokens: list[int]) -> str:
     if language is None:
         return " ".join(map(str, shown))
     return str(language.tokenizer.decode(shown, skip_special_tokens=False))
+
+
+def parts_of(language: Language | None, parts: list[PromptPart]) -> str:
+    """The text of a prompt of texts and images."""
+    left, said = limits.console_text_chars_max, list[str]()
+    for part in parts:
+        if left > 0:
+            said.append(f"[{IMAGE} of {part} tokens]" if isinstance(part, int) else prompt_of(language, part[:left]))
+        left -= 1 if isinstance(part, int) else len(part)
+    return (" " if language is None else "").join(said)
 
 
 def texts_of(language: Language | None, prompt: list[int], ids: list[int], first: int) -> list[tuple[str, str]]:

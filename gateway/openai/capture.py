@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
@@ -18,7 +19,7 @@ from knapper.ids import EpisodeName, Tenant
 from knapper.state.captures import CapturedSequence, CapturedTurn
 from knapper.state.journal.records import Drawn
 from knapper.wire import proto
-from knapper.wire.types import SamplingParams
+from knapper.wire.types import Image, SamplingParams
 
 HEADER: Final = "X-Knapper-Capture"
 _RETRY: Final = "x-stainless-retry-count"  # of OpenAI's and Anthropic's clients
@@ -69,6 +70,12 @@ class Capture:
         retry = request.headers.get(_RETRY, "")
         retries = int(retry) if retry.isascii() and retry.isdecimal() and len(retry) < 5 else 0
         return Capture(services_of(request), tenant_of(request), EpisodeName.parse(names[0], HEADER), retries)
+
+    def expect_texts(self, images: Sequence[Image]) -> None:
+        """Raises InvalidField for a prompt with images: a turn is kept as token ids, which have none of them."""
+        if images:
+            allowed = "no episode with images: what is kept are token ids"
+            raise InvalidField(HEADER, str(self.episode), allowed, f"Leave out the header, or {images[0].name}")
 
     async def admit(self, drawing: Drawing) -> "UnkeptTurns":
         """Raises InvalidField if a limit leaves no room for another turn, before anything is sampled."""

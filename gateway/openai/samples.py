@@ -18,7 +18,7 @@ from knapper.errors import Gone, KnapperError, Unavailable, Unservable
 from knapper.ids import SamplerId, Tenant
 from knapper.wire import sample_requests
 from knapper.wire.progress import TokenEvent
-from knapper.wire.types import SamplingParams
+from knapper.wire.types import Image, SamplingParams
 
 _KEEP_ALIVE_S: Final = 10.0  # proxies close an idle connection; clients skip comments
 _RETRY_AFTER_S: Final = 30.0  # for a model that cannot be served
@@ -27,13 +27,16 @@ _RETRY_AFTER_S: Final = 30.0  # for a model that cannot be served
 @dataclass(frozen=True)
 class SampleOptions:
     """The options for each prompt. `top`, `prompt_top`: the number of alternatives at each sampled and each prompt
-    token; `prompt_top` None: the prompt is not scored. `grammar`: what the samples follow, if it is not empty."""
+    token; `prompt_top` None: the prompt is not scored. `grammar`: what the samples follow, if it is not empty.
+    `images`: those of the prompt.
+    """
 
     params: SamplingParams
     choices: int
     top: int = 0
     prompt_top: int | None = None
     grammar: str = ""
+    images: tuple[Image, ...] = ()
 
     def tokens_max(self, prompt: int, context: int) -> int:
         """The most tokens that a prompt of so many, once, and all its choices may have."""
@@ -66,6 +69,7 @@ class PendingSamples:
     async def submit(self, model: SampledModel, prompts: list[list[int]], options: SampleOptions) -> None:
         """Queue a sample for each prompt. Raises TooMany when the queue is full, and what admission does."""
         if self._capture is not None:
+            self._capture.expect_texts(options.images)
             self._unkept = await self._capture.admit(Drawing(model, options.params, bool(options.grammar), prompts))
         url = self._gateway.sample_url or model.record.sample_url
         seed = options.params.seed
@@ -83,6 +87,7 @@ class PendingSamples:
                     topk_sample_logprobs=options.top,
                     stream=self._stream,
                     grammar=options.grammar or UNSET,
+                    images=list(options.images) or UNSET,
                 )
                 address = (SamplerId(f"openai:{self._tenant}"), next(self._gateway.openai.numbers))
                 body = await asyncio.to_thread(sample_requests.encode, call)

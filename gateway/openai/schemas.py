@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from gateway.openai.chats import Chat
+from gateway.openai.images import apart
 from gateway.openai.response_formats import ResponseFormat
 from gateway.openai.tools import AgentChatMessage, ChosenTool, ToolChoice, Tools, use_of
 from knapper import limits
@@ -245,14 +246,16 @@ def completion(body: bytes) -> tuple[CompletionRequest, types.SamplingParams, li
 def chat(body: bytes) -> tuple[ChatRequest, Chat]:
     """(request without what the chat holds, chat). Raises UserError."""
     request = decode(body, ChatRequest)
+    conversation, images = apart(request.conversation())
     asked = Chat(
         request.model,
-        request.conversation(),
+        conversation,
         request.sampling(),
         request.tool_use(),
         request.answer(),
         request.choices,
         request.top_logprobs or 0,
         request.chat_template_kwargs,
+        images,
     )
     return msgspec.structs.replace(request, messages=[], response_format=None, tools=None), asked

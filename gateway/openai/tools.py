@@ -6,11 +6,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from gateway.openai import images
 from knapper import limits
-from knapper.catalogue.conversations import ChatMessage
+from knapper.catalogue.conversations import ChatMessage, MessagePart
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
+from knapper.wire import image_files
 
+_IMAGE = "image_url"
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 
 
@@ -75,16 +78,43 @@ class SentCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return call_as_template(self.id, self.function.name, arguments_of(self.function.arguments, at))
 
 
-class AgentChatMessage(ChatMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A message that may call tools, or be the result of a call."""
+class ImageUrl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`detail` is a label: a model reads an image in its own size."""
 
+    url: str
+    detail: Literal["low", "high", "auto", "original"] | None = None
+
+
+class AgentMessagePart(MessagePart, frozen=True, kw_only=True):
+    image_url: ImageUrl | None = None
+
+    def part(self, at: str) -> images.Part:
+        """Raises InvalidField, TooLarge."""
+        if self.type == "text":
+            return self.text
+        if self.type != _IMAGE:
+            raise InvalidField(f"{at}.type", self.type, f"text, {_IMAGE}: models read nothing else")
+        if self.image_url is None:
+            raise InvalidField(f"{at}.image_url", None, image_files.DATA_URL, image_files.NOT_FETCHED)
+        return image_files.of_url(self.image_url.url, at, f"{at}.image_url.url")
+
+
+class AgentChatMessage(ChatMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A message that may call tools, be the result of a call, or have images."""
+
+    content: str | list[AgentMessagePart] | None = None  # type: ignore[assignment]  # of one part more
     tool_calls: Annotated[list[SentCall], Meta(max_length=limits.tools_max)] | None = None
     tool_call_id: Annotated[str, Meta(max_length=limits.id_chars_max)] | None = None
 
     def agent_message(self, at: str) -> AgentMessage:
         """As templates take it. Raises InvalidField."""
         content = self.content or "" if self.tool_calls else self.content
-        message = {**msgspec.structs.replace(self, tool_calls=None, content=content).message(at)}
+        parts = content if isinstance(content, list) else []
+        if seen := any(part.type == _IMAGE for part in parts):
+            content = ""
+        message: dict[str, Any] = {**msgspec.structs.replace(self, tool_calls=None, content=content).message(at)}
+        if seen:
+            message["content"] = images.content([part.part(f"{at}.content[{i}]") for i, part in enumerate(parts)])
         if self.tool_call_id is not None and self.role != "tool":
             raise InvalidField(f"{at}.tool_call_id", self.tool_call_id, "none but in messages of the role tool")
         if self.tool_calls:

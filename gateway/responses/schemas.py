@@ -7,17 +7,19 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from gateway.openai import images
 from gateway.openai.chats import Chat
 from gateway.openai.response_formats import NamedSchema, ResponseFormat
 from gateway.openai.tools import ToolName, arguments_of, call_as_template, use_of
 from knapper import limits
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
-from knapper.wire import json, types
+from knapper.wire import image_files, json, types
 
 Name = Annotated[str, Meta(min_length=1, max_length=limits.text_chars_max)]
 CallId = Annotated[str, Meta(min_length=1, max_length=limits.id_chars_max)]
 _TEXTS = ("input_text", "output_text", "text")
+_IMAGE = "input_image"
 _ROLES = {"developer": "system"}  # which chat templates do not know
 _ITEMS = "a message, function_call or function_call_output"
 
@@ -40,9 +42,14 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Refuses unknown fields. Items come back with what answers have: an id, a status."""
 
 
-class TextItemPart(_Strict, frozen=True, kw_only=True):
+class ItemPart(_Strict, frozen=True, kw_only=True):
+    """A text, or an image by a data: URL, whose `detail` is a label."""
+
     type: str
     text: str = ""
+    image_url: str | None = None
+    file_id: str | None = None
+    detail: Literal["low", "high", "auto", "original"] | None = None
     annotations: list[Any] = []
     logprobs: list[Any] | None = None
 
@@ -50,7 +57,7 @@ class TextItemPart(_Strict, frozen=True, kw_only=True):
 class MessageItem(_Strict, frozen=True, kw_only=True):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[TextItemPart]
+    content: str | list[ItemPart]
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -68,7 +75,7 @@ class FunctionCallItem(_Strict, frozen=True, kw_only=True):
 class FunctionOutputItem(_Strict, frozen=True, kw_only=True):
     type: Literal["function_call_output"]
     call_id: CallId
-    output: str | list[TextItemPart]
+    output: str | list[ItemPart]
     id: str | None = None
     status: str | None = None
 
@@ -190,7 +197,8 @@ def _message(item: dict[str, Any], at: str) -> AgentMessage:
     match item.get("type", "message"):
         case "message":
             message = json.shape(item, MessageItem, at)
-            return {"role": _ROLES.get(message.role, message.role), "content": _text(message.content, f"{at}.content")}
+            content = _content(message.content, f"{at}.content")
+            return {"role": _ROLES.get(message.role, message.role), "content": content}
         case "function_call":
             call = json.shape(item, FunctionCallItem, at)
             arguments = arguments_of(call.arguments, at)
@@ -202,13 +210,29 @@ def _message(item: dict[str, Any], at: str) -> AgentMessage:
     raise InvalidField(f"{at}.type", item.get("type"), _ITEMS)
 
 
-def _text(content: str | list[TextItemPart], at: str) -> str:
+def _text(content: str | list[ItemPart], at: str) -> str:
     if isinstance(content, str):
         return content
     for i, part in enumerate(content):
         if part.type not in _TEXTS:
-            raise InvalidField(f"{at}[{i}].type", part.type, f"{', '.join(_TEXTS)}: the model reads nothing else")
+            raise InvalidField(f"{at}[{i}].type", part.type, f"{', '.join(_TEXTS)}: nothing else is read here")
     return "".join(part.text for part in content)
+
+
+def _content(content: str | list[ItemPart], at: str) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    return images.content([_part(part, f"{at}[{i}]") for i, part in enumerate(content)])
+
+
+def _part(part: ItemPart, at: str) -> images.Part:
+    if part.type in _TEXTS:
+        return part.text
+    if part.type != _IMAGE:
+        raise InvalidField(f"{at}.type", part.type, f"{', '.join(_TEXTS)}, {_IMAGE}: models read nothing else")
+    if part.file_id is not None or part.image_url is None:
+        raise InvalidField(f"{at}.image_url", part.image_url, image_files.DATA_URL, image_files.NOT_FETCHED)
+    return image_files.of_url(part.image_url, at, f"{at}.image_url")
 
 
 @dataclass(frozen=True)
@@ -222,7 +246,8 @@ class ResponseOptions:
 def responses(body: bytes) -> tuple[Chat, ResponseOptions]:
     """Decoded in a worker process if the body is not small. Raises UserError."""
     request = json.decode(body, ResponsesRequest)
-    chat = Chat(request.model, request.conversation_of(), request.params(), request.tool_use(), request.answer())
+    conversation, files = images.apart(request.conversation_of())
+    chat = Chat(request.model, conversation, request.params(), request.tool_use(), request.answer(), images=files)
     echoed = {
         "model": request.model, "instructions": request.instructions, "metadata": request.metadata or {},
         "max_output_tokens": request.max_output_tokens, "temperature": chat.params.temperature,

@@ -15,6 +15,7 @@ from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
+from knapper.catalogue import image_tokens
 from knapper.catalogue.tokenizer import Language
 from knapper.engine import host_memory
 from knapper.engine.models import weight_files
@@ -89,6 +90,7 @@ def record_of(directory: Path, name: str, *, dtype: str, train_step_url: str, sa
         sampleable=True,
         train_step_url=train_step_url,
         sample_url=sample_url,
+        images=image_tokens.read(directory),
     )
 
 

@@ -1,13 +1,14 @@
 """A PEFT directory of LoRA, read as what it adds to each linear.
 
-R rank, I inputs, O outputs. Whatever this cannot read exactly it refuses, with the reason.
+R rank, I inputs, O outputs, E experts. Whatever this cannot read exactly it refuses, with the reason. A pair of all
+experts, of target_parameters, is read as a pair for each.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ from knapper.errors import UserError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _SIDE: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.default)?\.weight")
+_WRAPPED: Final = ".base_layer"  # PEFT's name of what it wrapped first, of two parameters of a block
+_AROUND: Final = "down_proj"  # which of the two it wraps around the other
 _REPEATS: Final = re.compile(r"[*+{]")
 _REPEATED_GROUP: Final = re.compile(r"\)[*+{]")
 
@@ -36,7 +39,6 @@ _PLAIN: Final[Mapping[str, tuple[object, ...]]] = {
     "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "use_bdlora": (None, False),
@@ -49,7 +51,10 @@ _PLAIN: Final[Mapping[str, tuple[object, ...]]] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """The two matrices of a linear, A (R, I) and B (O, R), by their names in the file: y += scale * (x @ A.T) @ B.T."""
+    """The two matrices of a linear, A (R, I) and B (O, R), by their names in the file: y += scale * (x @ A.T) @ B.T.
+
+    `expert`: (number, E) of an expert whose matrices the file has among those of all: A (E R, I) and B (O, R E).
+    """
 
     module: str
     a: str
@@ -58,15 +63,20 @@ class Pair:
     inputs: int
     outputs: int
     scale: float
+    expert: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """`pairs`: by the module's name in transformers. `base_model`: as the adapter names it, perhaps empty."""
+    """`pairs`: by the module's name in transformers, of an expert with its number before the last part.
+
+    `base_model`: as the adapter names it, perhaps empty.
+    """
 
     directory: Path
     base_model: str
     pairs: Mapping[str, Pair]
+    _last: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # what all experts are cut from
 
     def matrices(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """A and B in float32, A with the scale in it."""
@@ -75,10 +85,19 @@ class PeftAdapter:
 
     def stored(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """A and B as they are, in float32."""
+        if pair.expert is None:
+            return self._tensor(pair.a).float(), self._tensor(pair.b).float()
+        if not {pair.a, pair.b} <= self._last.keys():
+            self._last.clear()
+            self._last.update({name: self._tensor(name) for name in (pair.a, pair.b)})
+        number, experts = pair.expert
+        a_RI = self._last[pair.a][number * pair.rank : (number + 1) * pair.rank]
+        return a_RI.float(), self._last[pair.b][:, number::experts].float()
+
+    def _tensor(self, name: str) -> Tensor:
         file = weight_files.opened(self.directory / WEIGHTS, "pt")
-        a_RI: Tensor = file.get_tensor(pair.a)  # type: ignore[no-untyped-call]  # the library has no types here
-        b_OR: Tensor = file.get_tensor(pair.b)  # type: ignore[no-untyped-call]
-        return a_RI.float(), b_OR.float()
+        tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]  # the library has no types here
+        return tensor
 
 
 def read(directory: Path) -> PeftAdapter:
@@ -90,9 +109,63 @@ def read(directory: Path) -> PeftAdapter:
                 f"{directory / CONFIG}: {option} is {json.dumps(config[option])[:120]}; allowed: "
                 f"{' or '.join(map(json.dumps, plain))}. Only plain LoRA is read exactly"
             )
-    sides = _sides(directory / WEIGHTS)
-    pairs = {module: _pair(directory, module, found, config) for module, found in sorted(sides.items())}
+    parameters = _Parameters.read(directory, config)
+    pairs = {
+        pair.module: pair
+        for module, found in sorted(_sides(directory / WEIGHTS).items())
+        for pair in _pairs(directory, module, found, config, parameters)
+    }
     return PeftAdapter(directory, str(config.get("base_model_name_or_path") or ""), pairs)
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What target_parameters names: `linears`, weights of linears, and `blocks`, of all experts, by the ends of their
+    modules' names; of a block (the parameter that PEFT wraps first, the one that it wraps around it).
+    """
+
+    linears: tuple[str, ...]
+    blocks: Mapping[str, tuple[str | None, str]]
+
+    @classmethod
+    def read(cls, directory: Path, config: Mapping[str, Any]) -> "_Parameters":
+        found = config.get("target_parameters") or []
+        if not isinstance(found, list) or not all(isinstance(each, str) and "." in each for each in found):
+            raise UserError(f"{directory / CONFIG}: target_parameters is {found!r:.120}; expected names of parameters")
+        linears, blocks = [], dict[str, list[str]]()
+        for each in dict.fromkeys(found):
+            module, _, parameter = each.rpartition(".")
+            if parameter == "weight":
+                linears.append(module)
+            else:
+                blocks.setdefault(module, []).append(parameter)
+        for block, own in blocks.items():
+            if len(own) > 2 or (len(own) == 2 and _AROUND not in own):
+                raise UserError(
+                    f"{directory / CONFIG}: target_parameters has {', '.join(own)} of {block}; allowed: one of a "
+                    f"block, or two of which one is {_AROUND}"
+                )
+            own.sort(key=_AROUND.__eq__)
+        return cls(
+            tuple(linears), {block: (own[0] if len(own) == 2 else None, own[-1]) for block, own in blocks.items()}
+        )
+
+    def named(self, module: str) -> tuple[str, str] | None:
+        """(block, parameter) of a module of the file that is a pair of all experts."""
+        block = module.removesuffix(_WRAPPED)
+        for end, (first, around) in self.blocks.items():
+            if _ends_in(block, end):
+                parameter = around if block == module else first
+                return None if parameter is None else (block, parameter)
+        return None
+
+    def key(self, module: str) -> str:
+        """What PEFT's patterns are compared with."""
+        return f"{module}.weight" if any(_ends_in(module, each) for each in self.linears) else module
+
+
+def _ends_in(module: str, end: str) -> bool:
+    return f".{module}".endswith(f".{end}")
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -122,18 +195,35 @@ def _sides(path: Path) -> dict[str, dict[str, tuple[str, list[int]]]]:
     return found
 
 
-def _pair(directory: Path, module: str, sides: Mapping[str, tuple[str, list[int]]], config: Mapping[str, Any]) -> Pair:
+def _pairs(
+    directory: Path,
+    module: str,
+    sides: Mapping[str, tuple[str, list[int]]],
+    config: Mapping[str, Any],
+    parameters: _Parameters,
+) -> list[Pair]:
+    """One, or one for each expert."""
     if set(sides) != {"A", "B"}:
         raise UserError(f"{directory / WEIGHTS}: {module} has lora_{next(iter(sides))} alone; expected A and B")
     (a, (rank, inputs)), (b, (outputs, rank_of_b)) = sides["A"], sides["B"]
-    promised = _promised(directory, "r", "rank_pattern", module, config)
-    if not rank == rank_of_b == promised:
+    of_experts = parameters.named(module)
+    key = parameters.key(module) if of_experts is None else ".".join(of_experts)
+    promised = _promised(directory, "r", "rank_pattern", key, config)
+    experts, rest = (1, 0) if of_experts is None else divmod(rank, promised)
+    if not rank == rank_of_b == promised * experts or rest:
         raise UserError(
             f"{directory}: {module} has A of rank {rank} and B of rank {rank_of_b}; {CONFIG} makes it {promised:g}"
+            f"{'' if of_experts is None else ' for each expert'}"
         )
-    alpha = _promised(directory, "lora_alpha", "alpha_pattern", module, config)
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Pair(module, a, b, rank, inputs, outputs, scale)
+    alpha, own = _promised(directory, "lora_alpha", "alpha_pattern", key, config), int(promised)
+    scale = alpha / (math.sqrt(own) if config.get("use_rslora") else own)
+    if of_experts is None:
+        return [Pair(module, a, b, own, inputs, outputs, scale)]
+    block, parameter = of_experts
+    return [
+        Pair(f"{block}.{number}.{parameter}", a, b, own, inputs, outputs, scale, (number, int(experts)))
+        for number in range(int(experts))
+    ]
 
 
 def _promised(directory: Path, field: str, patterns: str, module: str, config: Mapping[str, Any]) -> float:

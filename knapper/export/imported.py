@@ -51,7 +51,7 @@ class Imported:
 def read(directory: Path, facts: Facts, base_model: str, tenant: Tenant) -> Imported:
     """The adapter in the layout of a run on a model of those facts. Raises UserError for one that has none."""
     found = adapter.read(directory)
-    targets = {target.module: target for target in facts.lora_targets}
+    targets = {module: target for target in facts.lora_targets for module in _modules(target)}
     for module, pair in found.pairs.items():
         _expect_target(pair, targets.get(module), targets)
     parts = {targets[module].part for module in found.pairs}
@@ -111,13 +111,23 @@ def _state(found: PeftAdapter, facts: Facts, spec: Spec) -> RunState:
     moments = Moments(torch.zeros(arena.numel), torch.zeros(arena.numel), 0)
     state = RunState(spec, arena, weights_P, moments)
     for target, a_RI, b_OR in arena.matrices(weights_P):
-        if (pair := found.pairs.get(target.module)) is not None:
-            a, b = found.stored(pair)
-            a_RI[: pair.rank] = a
-            b_OR[:, : pair.rank] = b if pair.scale == state.scale else b * (pair.scale / state.scale)
+        of_modules = [(a_RI, b_OR)] if target.experts is None else zip(a_RI, b_OR, strict=True)
+        for module, (own_a, own_b) in zip(_modules(target), of_modules, strict=True):
+            if (pair := found.pairs.get(module)) is not None:
+                a, b = found.stored(pair)
+                own_a[: pair.rank] = a
+                own_b[:, : pair.rank] = b if pair.scale == state.scale else b * (pair.scale / state.scale)
     if not is_finite(weights_P):
         raise UserError(f"{found.directory} has NaN or infinite numbers; import another adapter")
     return state
+
+
+def _modules(target: LoraTarget) -> tuple[str, ...]:
+    """As `adapter.read` names them: experts that are one parameter by their numbers, too."""
+    if not target.whole or target.experts is None:
+        return target.modules
+    block, _, parameter = target.module.rpartition(".")
+    return tuple(f"{block}.{expert}.{parameter}" for expert in range(target.experts))
 
 
 def _expect_target(pair: Pair, target: LoraTarget | None, targets: dict[str, LoraTarget]) -> None:

@@ -24,6 +24,7 @@ from knapper.engine.models.tensor_header import TensorHeader
 from knapper.errors import UserError
 from knapper.export import safetensors_file, space
 from knapper.export.adapter import WEIGHTS, Pair, PeftAdapter
+from knapper.export.joined import Place, places
 from knapper.export.safetensors_file import TensorEntry
 
 Say = Callable[[str], None]
@@ -40,11 +41,12 @@ _COPIED: Final = (
 
 @dataclass(frozen=True)
 class _Write:
-    """One tensor of a file: the base's own bytes, with what the adapter adds to them."""
+    """One tensor of a file: the base's own bytes, with what the adapter adds to them: to all of it, or to places."""
 
     name: str
     source: TensorHeader
-    pair: Pair | None
+    pair: Pair | None = None
+    parts: Sequence[tuple[Place, Pair]] = ()
 
 
 @dataclass(frozen=True)
@@ -65,29 +67,41 @@ class MergePlan:
     def memory_bytes(self) -> int:
         """The most that it holds at once: a block as stored, widened, summed and rounded, and two matrices."""
         pairs = self.adapter.pairs.values()
-        matrices = max(2 * 4 * pair.rank * (pair.inputs + pair.outputs) for pair in pairs)
-        return 4 * max(_BLOCK_BYTES, 4 * max(pair.inputs for pair in pairs)) + matrices
+        matrices = max(
+            2 * 4 * pair.rank * (1 if pair.expert is None else pair.expert[1]) * (pair.inputs + pair.outputs)
+            for pair in pairs
+        )
+        joined = [4 * write.source.numbers // write.source.shape[0] for each in self.files.values() for write in each
+                  if write.parts]  # fmt: skip
+        return 4 * max(_BLOCK_BYTES, 4 * max(pair.inputs for pair in pairs), *joined) + matrices
 
 
 def plan(base: Path, adapter: PeftAdapter) -> MergePlan:
-    """Raises UserError unless every matrix of the adapter has a weight of its own in the base's files."""
+    """Raises UserError unless every matrix of the adapter has a weight, or its part of one, in the base's files."""
     entries = weight_files.entries(base)
     stored_as = {text: name for name in entries if (text := text_name(name)) is not None}
     untied = HEAD in adapter.pairs and _is_tied(base, _HEAD_WEIGHT in stored_as)
     added: dict[str, Pair] = {}
+    joined, parts = places(base, stored_as), dict[str, list[tuple[Place, Pair]]]()
     for module, pair in adapter.pairs.items():
         weight = _EMBEDDING if untied and module == HEAD else text_name(f"{module}.weight")
+        place = None if weight is None else joined.get(weight.removesuffix(".weight"))
+        if place is not None:
+            _expect_part_fits(pair, place, entries[stored_as[place.name]])
+            parts.setdefault(stored_as[place.name], []).append((place, pair))
+            continue
         if weight not in stored_as:
             raise UserError(
                 f"{base} has no weight for {module}, which the adapter in {adapter.directory} adapts; allowed: the "
-                "adapter's own base model, in files with a tensor for each linear. Else merge it by PEFT"
+                "adapter's own base model, unquantized, in files with a tensor for each linear, or with those of all "
+                "experts in one. Else merge it by PEFT"
             )
         _expect_fits(pair, entries[stored_as[weight]])
         if weight != _EMBEDDING:
             added[stored_as[weight]] = pair
     files = {
         path.name: [
-            _Write(name, each, added.get(name))
+            _Write(name, each, added.get(name), parts.get(name, ()))
             for name, each in entries.items()
             if each.path == path and not (untied and text_name(name) == _HEAD_WEIGHT)  # a copy that loaders ignore
         ]
@@ -158,12 +172,14 @@ def _write_file(plan: MergePlan, path: Path, writes: Sequence[_Write]) -> None:
         TensorEntry(each.name, _CODES.get(each.source.dtype, each.source.dtype), each.source.shape, each.source.nbytes)
         for each in writes
     ]
-    pieces = (
-        piece
-        for each in writes
-        for piece in (_blocks(file, each.source) if each.pair is None else _sums(file, each, plan.adapter))
-    )
+    pieces = (piece for each in writes for piece in _pieces(file, each, plan.adapter))
     safetensors_file.write(path, entries, pieces, {"format": "pt"})
+
+
+def _pieces(file: safe_open, write: _Write, adapter: PeftAdapter) -> Iterator[Tensor]:
+    if write.parts:
+        return _experts(file, write, adapter)
+    return _blocks(file, write.source) if write.pair is None else _sums(file, write, adapter)
 
 
 def _blocks(file: safe_open, header: TensorHeader) -> Iterator[Tensor]:
@@ -185,13 +201,32 @@ def _sums(file: safe_open, write: _Write, adapter: PeftAdapter) -> Iterator[Tens
     for start in range(0, write.pair.outputs, step):
         stop = min(start + step, write.pair.outputs)
         stored: Tensor = rows[start:stop]
-        merged = torch.addmm(stored.float(), b_OR[start:stop], a_RI).to(stored.dtype)
-        if not torch.isfinite(merged).all():
-            raise UserError(
-                f"{write.name} would have numbers that {write.source.dtype} cannot hold; the adapter's are too large, "
-                "or not finite. Export another checkpoint"
-            )
-        yield merged
+        yield _rounded(torch.addmm(stored.float(), b_OR[start:stop], a_RI), write)
+
+
+def _experts(file: safe_open, write: _Write, adapter: PeftAdapter) -> Iterator[Tensor]:
+    """One expert after another."""
+    experts = file.get_slice(write.source.stored)  # type: ignore[no-untyped-call]  # the library has no types here
+    of_expert: dict[int, list[tuple[Place, Pair]]] = {}
+    for place, pair in write.parts:
+        of_expert.setdefault(place.expert, []).append((place, pair))
+    for expert in range(write.source.shape[0]):
+        summed: Tensor = experts[expert : expert + 1][0].float()
+        for place, pair in of_expert.get(expert, []):
+            a_RI, b_OR = adapter.matrices(pair)
+            own = summed.narrow(1 if place.turned else 0, place.start, place.outputs)
+            (own.T if place.turned else own).addmm_(b_OR, a_RI)
+        yield _rounded(summed, write)
+
+
+def _rounded(summed: Tensor, write: _Write) -> Tensor:
+    merged = summed.to(getattr(torch, write.source.dtype))
+    if not torch.isfinite(merged).all():
+        raise UserError(
+            f"{write.name} would have numbers that {write.source.dtype} cannot hold; the adapter's are too large, "
+            "or not finite. Export another checkpoint"
+        )
+    return merged
 
 
 def _write_index(plan: MergePlan, out: Path) -> None:
@@ -220,13 +255,27 @@ def _is_tied(base: Path, has_head: bool) -> bool:
 
 
 def _expect_fits(pair: Pair, header: TensorHeader) -> None:
-    if header.dtype not in weight_files.ALLOWED:
-        raise UserError(
-            f"{header.stored} is {header.dtype}; allowed: {', '.join(weight_files.ALLOWED)}. "
-            "Merge into the unquantized base model"
-        )
+    _expect_plain(header)
     if header.shape != (pair.outputs, pair.inputs):
         raise UserError(
             f"{header.stored} is {list(header.shape)}, and the adapter makes {pair.module} "
             f"{[pair.outputs, pair.inputs]}; name its own base model by --base"
+        )
+
+
+def _expect_part_fits(pair: Pair, place: Place, header: TensorHeader) -> None:
+    _expect_plain(header)
+    outputs, inputs = header.shape[:0:-1] if place.turned else header.shape[1:]
+    if (place.outputs, inputs) != (pair.outputs, pair.inputs) or place.start + place.outputs > outputs:
+        raise UserError(
+            f"{header.stored} is {list(header.shape)}, with {[place.outputs, inputs]} for {pair.module}, and the "
+            f"adapter makes it {[pair.outputs, pair.inputs]}; name its own base model by --base"
+        )
+
+
+def _expect_plain(header: TensorHeader) -> None:
+    if header.dtype not in weight_files.ALLOWED:
+        raise UserError(
+            f"{header.stored} is {header.dtype}; allowed: {', '.join(weight_files.ALLOWED)}. "
+            "Merge into the unquantized base model"
         )

@@ -3,6 +3,7 @@
 import hashlib
 
 from knapper.state.journal.records import Record
+from knapper.wire.image_tokens import ImageTokens
 
 
 class ModelRecord(Record, frozen=True, kw_only=True):
@@ -20,6 +21,7 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     train_step_url: str
     sample_url: str
     computed_by: str = ""  # native or transformers; empty in older records
+    images: ImageTokens | None = None  # None: it reads texts alone
 
 
 def slug(name: str) -> str:

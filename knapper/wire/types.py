@@ -20,7 +20,7 @@ Float32 = NDArray[np.float32]
 class Image:
     """An image in a sequence, a file of `format`. It stands for `tokens` positions from `at` on, where the id is 0.
 
-    `chunk`: its number among the chunks that were sent, for error messages.
+    For error messages, `chunk`: its number among the chunks that were sent; `name`: its place in a request without any.
     """
 
     at: int
@@ -28,6 +28,11 @@ class Image:
     chunk: int
     format: str
     data: bytes
+    name: str = ""
+
+    def field(self, where: str) -> str:
+        """What error messages call it."""
+        return self.name or f"{where}.chunks[{self.chunk}]"
 
 
 @dataclass(frozen=True)

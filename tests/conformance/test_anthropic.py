@@ -121,7 +121,8 @@ def test_a_message_follows_the_schema_of_output_config(client: anthropic.Anthrop
     [
         ({"made_up": 1}, "made_up"), ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type"),
         ({"max_tokens": 0}, "max_tokens"), ({"top_k": 0}, "top_k"), ({"stop_sequences": [""]}, "stop_sequences"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].source"),
+        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages[0].content[0].type"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "It"}]}, "messages[1].role"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),

@@ -13,6 +13,7 @@ _EVENTS: Final = "tests/test_events_page.py::test_examples_are_events"
 _REWARDS: Final = "tests/rewards/test_page.py::test_the_examples_of_a_job_are_rewards"
 
 TESTS: Final = {
+    ("docs/openai.md", "import base64"): "tests/conformance/test_images_in_chats.py::test_all_protocols_see_the_same",
     ("README.md", "flowchart LR"): "tests/documents/test_architecture.py::test_both_pictures_show_the_same_processes",
     (
         "docs/alarms.md",

@@ -98,6 +98,20 @@ COMPOSITE: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         },
         {"vision_config": {**_QWEN, "out_hidden_size": 64, "num_position_embeddings": 16}, **_IMAGE_TOKENS},
     ),
+    "kimi_k25": (
+        "Kimi_K25Config",
+        {**NATIVE["deepseek_v3"][1], "model_type": "deepseek_v3"},
+        {
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "pos_emb_height": 4, "pos_emb_width": 4,
+            },
+            "projection_hidden_size": 32,
+            "image_token_id": 250,
+            "video_token_id": 251,
+            "tie_word_embeddings": False,
+        },
+    ),
 }  # fmt: skip
 _SEEDS: Final = {"qwen3_5_moe": 2}  # a draw that does not make much of rounding
 _LATEST: Final = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")  # of which there are no older files
@@ -108,6 +122,7 @@ CASES: Final = [
 ]
 _OLDER: Final = {
     "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+    "model.mm_projector.": "mm_projector.",
     "model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector.",
 }  # fmt: skip
 _OLDER_QWEN: Final = {"model.language_model.": "model.", "model.visual.": "visual."}
@@ -138,10 +153,19 @@ def composite_model(directory: Path, kind: str, layout: str = "present") -> Path
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
     """Of a tied head the matrix once; joined experts as files have them."""
     turned = model.config.model_type == "qwen3_vl_moe"
-    return {
+    found = {
         name: (tensor.transpose(1, 2) if turned and ".experts." in name else tensor).detach().contiguous()
         for name, tensor in model.named_parameters()
     }
+    if model.config.model_type != "kimi_k25":
+        return found
+    for name in [name for name in found if ".experts." in name]:  # one by one
+        block, _, joined = name.rpartition(".")
+        for expert, matrix in enumerate(found.pop(name)):
+            parts = matrix.chunk(2) if joined == "gate_up_proj" else [matrix]
+            names = ("gate_proj", "up_proj") if joined == "gate_up_proj" else (joined,)
+            found |= {f"{block}.{expert}.{own}.weight": part.clone() for own, part in zip(names, parts, strict=True)}
+    return found | {name: buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")}
 
 
 def _named(name: str, kind: str, layout: str) -> str:

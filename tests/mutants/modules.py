@@ -33,6 +33,8 @@ MODULES: dict[str, Tests] = {
         ("tests/gateway/test_tenants.py", "tests/security/test_keys.py"), ("tests/state/test_tokens.py",)
     ),
     "knapper/state/captures.py": Tests(("tests/state/test_captures.py",), ("tests/gateway/openai/test_capture.py",)),
+    "knapper/engine/layers/chunked.py": Tests(("tests/engine/layers/test_recurrences.py",)),
+    "knapper/engine/layers/state_space.py": Tests(("tests/engine/layers/test_recurrences.py",)),
     "knapper/jobs/captured.py": Tests(("tests/jobs/test_captured.py",)),
     "knapper/state/journal/accept.py": journal(),
     "knapper/state/journal/bundles.py": journal(),
@@ -72,7 +74,31 @@ _SEARCHED = "if seq <= seen.applied and seq not in seen.record_of and seen.low >
 _AHEAD = "while ahead := await _page_after(store, prefix, layout.last_number(page[-1]) + step):"
 _EPOCHS = "_COLLECTED, _UNREADABLE = 0, -1  # epochs in place of a record that is gone or damaged; claims count from 1"
 _NONE_FAILED = "self._failed = (-1, 0)  # (operation, how often it failed by a defect)"
+_STATE_SPACE = "knapper/engine/layers/state_space.py"
+_DRAWN = "numbers to try products with: any others do, too"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (_STATE_SPACE, "draw = torch.Generator().manual_seed(0)", "0 -> 1"): _DRAWN,
+    (_STATE_SPACE, "draw = torch.Generator().manual_seed(0)", "0 -> -1"): _DRAWN,
+    (
+        _STATE_SPACE,
+        "weight_KX = torch.randn(facts.taps, facts.conv_width, generator=draw).to(device)",
+        "torch.randn(facts.taps, facts.conv_width, generator=draw) without generator",
+    ): _DRAWN,
+    (
+        _STATE_SPACE,
+        "decay_H = torch.rand(facts.heads, generator=draw).to(device)",
+        "torch.rand(facts.heads, generator=draw) without generator",
+    ): _DRAWN,
+    (
+        _STATE_SPACE,
+        "bias_H, skip_H = torch.zeros(facts.heads, device=device), torch.ones(facts.heads, device=device)",
+        "torch.zeros(facts.heads, device=device) without device",
+    ): _DEVICE,
+    (
+        _STATE_SPACE,
+        "bias_H, skip_H = torch.zeros(facts.heads, device=device), torch.ones(facts.heads, device=device)",
+        "torch.ones(facts.heads, device=device) without device",
+    ): _DEVICE,
     ("knapper/state/journal/apply.py", _NONE_FAILED, "1 -> 2"): "no operation has a number below 0",
     (
         "knapper/state/journal/run.py",
@@ -183,4 +209,58 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return norm if _SMALL < norm < math.inf else _norm_of_any(values_P)",
         "Lt -> LtE",
     ): "at the bounds themselves both ways give the same",
+}
+
+_ONE = "there is one"
+_TRIED = "what the probe tries: any sizes and numbers do, too"
+_CHUNKED: dict[str, dict[str, tuple[str, ...]]] = {
+    "a chunk without rows changes nothing": {
+        "members = [sequence for sequence in order if counts[sequence] > number]": ("Gt -> GtE",),
+        "joined = F.pad(torch.cat(flat, dim=1), (0, 0, 0, 1)).index_select(0, layout.rows_C)": ("1 -> 2",),
+    },
+    "states that nobody asked for are made, and dropped": {
+        "self, x_NX: Tensor, rows: PackedRows, solve: Solve | None, *, keeps: bool = False": ("False -> True",),
+        "whole, _ = recurrence.packed(x_NX, PackedRows([tokens]), keeps=False)": ("False -> True",),
+        "rest, _ = recurrence.packed(x_NX[count:], beside, keeps=False)": ("False -> True",),
+        "crowd, _ = recurrence.packed(torch.cat([x_NX, x_NX[:count]]), several, keeps=False)": ("False -> True",),
+    },
+    _PAIRED: {
+        "both = zip(last, kept, strict=True)": ("True -> False", "zip(last, kept, strict=True) without strict"),
+        "return Rows(*(part.reshape(-1, CHUNK_ROWS, *of.shape[1:]) for part, of in zip(parts, rows, strict=True)))": (
+            "True -> False",
+            "zip(parts, rows, strict=True) without strict",
+        ),
+    },
+    _TRIED: {
+        "tokens, width = 2 * CHUNK_ROWS + 7, recurrence.convolution.weight_KX.shape[1] + numbers": (
+            "2 -> 3", "7 -> 6", "7 -> 8", "Add -> Sub",
+        ),
+        "x_NX = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(device)": (
+            "1 -> 0", "1 -> 2", "torch.randn(tokens, width, generator=torch.Generator().ma... without generator",
+        ),
+        "for count in (1, 9, CHUNK_ROWS, CHUNK_ROWS + 12):": (
+            "1 -> 2", "12 -> 11", "12 -> 13", "9 -> 10", "9 -> 8", "Add -> Sub",
+        ),
+    },
+    _DEVICE: {
+        "row = recurrence.step(x_NX[count, None], state, torch.tensor([count], device=device))": (
+            "torch.tensor([count], device=device) without device",
+        ),
+    },
+    _ONE: {
+        "(row[0], whole[count]),": ("0 -> -1",),
+        "gradient.backward(y_NY, grads[0])": ("0 -> -1",),
+        "s = delta_rule.folded(full)[0]": ("0 -> -1",),
+        "of_rows = [torch.zeros_like(part[0]) for part in full[1:]]": ("0 -> -1",),
+    },
+    "it is the same exchange": {
+        "k[:1] += before.k.transpose(1, 2)": ("before.k.transpose(1, 2) with its first two swapped",),
+        "g[:1] += before.g.transpose(1, 2)": ("before.g.transpose(1, 2) with its first two swapped",),
+    },
+}  # fmt: skip
+EQUIVALENT |= {
+    ("knapper/engine/layers/chunked.py", line, said): reason
+    for reason, lines in _CHUNKED.items()
+    for line, saids in lines.items()
+    for said in saids
 }

@@ -144,7 +144,7 @@ def _changes(parent: ast.AST, node: ast.AST) -> Iterator[tuple[str, Change]]:
             yield f"without {_short(node)}", lambda _: ast.Pass()
         case ast.Call():
             yield from _calls(node)
-        case ast.Subscript(slice=ast.Slice()):
+        case ast.Subscript(slice=ast.Slice(), ctx=ast.Load()):
             yield "the whole of it", lambda n: n.value  # type: ignore[attr-defined]
         case ast.ExceptHandler(type=ast.expr()):
             yield "catches nothing", lambda n: setattr(n, "type", ast.Tuple([], ast.Load()))

@@ -43,7 +43,7 @@ class PlacedImage:
 def expect_none(images: Sequence[Image], where: str) -> None:
     """Raises InvalidField for the first image, for a model that reads texts alone."""
     for image in images:
-        field, todo = f"{where}.chunks[{image.chunk}]", "This model is text only: send token ids"
+        field, todo = image.field(where), "This model is text only: send token ids"
         raise InvalidField(field, "image", "encoded_text with tokens", todo)
 
 

@@ -45,7 +45,7 @@ class ImageReader:
 
     def placed(self, image: Image, where: str) -> PlacedImage:
         """The image, decoded once. Raises InvalidField or TooLarge, which name `where` and the chunk."""
-        field = f"{where}.chunks[{image.chunk}]"
+        field = image.field(where)
         if image.format not in _FORMATS:
             raise InvalidField(f"{field}.format", image.format, ", ".join(_FORMATS))
         if len(image.data) > limits.image_bytes_max:

@@ -26,7 +26,7 @@ _USUAL: Final = {
 _OTHER_PARTS: Final = tuple(
     f"{prefix}{part}."
     for prefix in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector", "visual", "mtp")
+    for part in ("vision_tower", "multi_modal_projector", "mm_projector", "visual", "mtp")
 )
 _OF_THE_WHOLE: Final = ("tie_word_embeddings", "eos_token_id", "quantization_config")
 

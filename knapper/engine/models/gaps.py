@@ -8,5 +8,4 @@ from typing import Final
 
 MISSING: Final[Mapping[str, str]] = {
     "deepseek_v4": "attention over compressed keys",
-    "kimi_k25": "experts in four bits of another format (compressed-tensors)",
 }

@@ -22,7 +22,7 @@ _MEMORY_PART: Final = 0.5  # of the memory that is free: more could push out wha
 def begin(directory: Path) -> threading.Thread | None:
     """Start reading; None if there is nothing, or too much. What cannot be read is the loader's to report."""
     files = [path for path in sorted(directory.glob("*.safetensors")) if path.is_file()]
-    spans = [(path, *span) for path in files for span in weight_files.text_spans(path)]
+    spans = [(path, *span) for path in files for span in weight_files.read_spans(path)]
     if not 0 < sum(end - start for _, start, end in spans) <= _MEMORY_PART * host_memory.available():
         return None
     ranges = [

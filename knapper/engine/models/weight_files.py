@@ -101,8 +101,8 @@ def skipped_bytes(directory: Path) -> int:
     return beside - of_images
 
 
-def text_spans(path: Path) -> list[tuple[int, int]]:
-    """Where the file has the language model's tensors: bytes from, to. The whole file, where its header is not read.
+def read_spans(path: Path) -> list[tuple[int, int]]:
+    """Where the file has what the engine reads: bytes from, to. The whole file, where its header is not read.
 
     Neighbours are one span, so that of a model of text alone they are the file.
     """
@@ -111,7 +111,12 @@ def text_spans(path: Path) -> list[tuple[int, int]]:
         if not is_composite(path.parent):
             return whole
         start, header = _header(path)
-        places = sorted(tensor["data_offsets"] for name, tensor in header.items() if text_name(name) is not None)
+        seen = vision_name if serves_images(path.parent) else text_name
+        places = sorted(
+            tensor["data_offsets"]
+            for name, tensor in header.items()
+            if text_name(name) is not None or seen(name) is not None
+        )
     except (UserError, OSError, ValueError, TypeError, LookupError, AttributeError):
         return whole  # the loader says what is wrong with it
     spans: list[tuple[int, int]] = []

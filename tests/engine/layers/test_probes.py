@@ -131,7 +131,7 @@ def test_an_adapter_goes_one_way_on_every_linear_whether_it_trains_or_decodes() 
 
 
 def test_a_library_that_takes_six_rows_at_a_time_is_given_whole_sixes() -> None:
-    """What is left of sixes goes by another kernel, each of two threads has half of the rows: nearly as Intel's AVX2."""
+    """What is left of sixes goes by another kernel, of each of two threads' half: nearly as Intel's AVX2 does."""
 
     def make(w_OI: Tensor) -> Product:
         def half(x_NI: Tensor) -> Tensor:

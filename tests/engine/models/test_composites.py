@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from knapper.catalogue import servable
 from knapper.engine.layers.lora_grouped import base
 from knapper.engine.models import loader, weight_files
+from knapper.engine.models.composite import PREPROCESSOR
 from knapper.engine.models.config import ModelConfig, computed_by
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.registry import COMPOSITES
@@ -29,6 +30,7 @@ from knapper.text.sizes import sized
 from tests.engine import peft_experts
 from tests.engine.composites import CASES, COMPOSITE, LAYOUTS, composite_model
 from tests.engine.models.test_decoder import decoder_of, tokens_of
+from tests.engine.pictures import picture_model
 from tests.engine.runs import datum, done, request, spec
 from tests.engine.strange import strange_model
 from tests.engine.test_peft_parity import expect_equal_steps, load_in_peft, plain_logprobs
@@ -65,9 +67,10 @@ def test_a_run_equals_peft_in_the_whole_model(tmp_path: Path, kind: str, layout:
 
 
 def load_whole(state: RunState, at: Path, name: str, *, trainable: bool = False) -> torch.nn.Module:
-    """PEFT joins the pairs of experts in a model of text, and not in one that has such a model as a part."""
+    """PEFT joins the pairs of experts in a model of text; of those that have one as a part in Kimi's alone."""
     mixed = any(target.experts for target in state.layout.lora_targets)
-    with pytest.warns(UserWarning, match="missing adapter keys.*experts") if mixed else nullcontext():
+    unread = mixed and json.loads((at / "model" / "config.json").read_text())["model_type"] != "kimi_k25"
+    with pytest.warns(UserWarning, match="missing adapter keys.*experts") if unread else nullcontext():
         model = load_in_peft(state, at / "model", at / name, trainable=trainable, auto=AutoModelForImageTextToText)
     peft_experts.fill(model, state.layout.matrices(state.weights_P))
     return model
@@ -94,12 +97,22 @@ def test_what_is_for_images_is_neither_counted_nor_read(tmp_path: Path, layout: 
     assert of_images
     skipped = sum(stored[name].nbytes for name in of_images)
     assert weight_files.skipped_bytes(directory) == skipped
-    read = sum(end - at for path in directory.glob("*.safetensors") for at, end in weight_files.text_spans(path))
+    read = sum(end - at for path in directory.glob("*.safetensors") for at, end in weight_files.read_spans(path))
     assert read == sum(tensor.nbytes for tensor in stored.values()) - skipped
     before = logits(directory)
     for path in directory.glob("*.safetensors"):
         _overwrite(path, of_images)
     assert torch.equal(before, logits(directory))
+
+
+def test_where_images_are_served_their_tensors_are_read_ahead_too(tmp_path: Path) -> None:
+    directory = picture_model(tmp_path)
+    stored = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    read = sum(end - at for path in directory.glob("*.safetensors") for at, end in weight_files.read_spans(path))
+    assert read == sum(tensor.nbytes for tensor in stored.values()) - weight_files.skipped_bytes(directory)
+    (directory / PREPROCESSOR).unlink()  # its text alone
+    text = sum(end - at for path in directory.glob("*.safetensors") for at, end in weight_files.read_spans(path))
+    assert text == sum(header.nbytes for header in weight_files.text_entries(directory).values()) < read
 
 
 @pytest.mark.parametrize("name", ["mtp.layers.0.x.weight", "mtp.norm.weight"])
@@ -126,7 +139,7 @@ def _overwrite(path: Path, names: set[str]) -> None:
 def test_a_model_of_text_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"model.visual.x": torch.zeros(3)}, path)
-    assert weight_files.text_spans(path) == [(0, path.stat().st_size)]
+    assert weight_files.read_spans(path) == [(0, path.stat().st_size)]
     assert weight_files.skipped_bytes(tmp_path) == 0
     assert servable.not_served(tmp_path) == ""
 

@@ -115,6 +115,7 @@ def test_parts_that_are_missing_or_of_another_shape_are_refused_by_name(tmp_path
     ("quantization", "complaint"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq'; read are mxfp4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "has no load_in_4bit; read are four bits"),
         ({"quant_method": "fp8"}, r"weight_block_size is None; supported in fp8: two sizes"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"weight_block_size is \[128, 0\]"),
         ([], r"quant_method \[\]"),

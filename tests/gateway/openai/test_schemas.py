@@ -204,7 +204,9 @@ def test_messages_are_texts_whole_or_in_parts() -> None:
 @pytest.mark.parametrize(
     ("message", "field"),
     [
-        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[0].content[0].type"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[0].content[0].image_url.url"),
+        ({"content": [{"type": "image_url"}]}, "messages[0].content[0].image_url"),
+        ({"content": [{"type": "input_audio"}]}, "messages[0].content[0].type"),
         ({"content": None}, "messages[0].content"),
         ({"content": "x", "tool_calls": [{}]}, "messages[0].tool_calls[0].function"),
     ],

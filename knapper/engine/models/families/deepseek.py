@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from knapper.engine.models.architecture import OPTIONS, Architecture, by_option
+from knapper.engine.models.composite import Composite
 from knapper.engine.models.fields import Raw, size
 from knapper.engine.models.layer import LatentAttention, ScoreRule
 from knapper.engine.models.mixture_rule import MixtureRule, by_count
+from knapper.engine.models.mlp import MixtureNames
 from knapper.engine.models.rotary import FULL, RopeRule, score_factor
 
 _SPARSE: Final = "sparse"
@@ -80,7 +82,7 @@ _REFUSED: Final = (*OPTIONS, _biased, _fewer_keys, _unreadable_layers)
 ARCHITECTURES: Final = (
     Architecture(
         "deepseek_v3",
-        "DeepSeek-V3, V3.1 and R1; Kimi K2 (`kimi_k2`)",
+        "DeepSeek-V3, V3.1 and R1; Kimi K2 and K2 Thinking (`kimi_k2`)",
         latent=_latent,
         rope=_ROPE,
         mixture=MixtureRule(_by_norm_topk_prob, corrected=True, shared=by_count, dense=_first),
@@ -116,5 +118,14 @@ ARCHITECTURES: Final = (
         unread=_INDEXER,
         refused=_REFUSED,
         rms_eps=1e-5,
+    ),
+)
+
+COMPOSITES: Final = (
+    Composite(
+        "kimi_k25",
+        "Kimi K2.5 and K2.6",
+        {"kimi_k2": "deepseek_v3", "deepseek_v3": "deepseek_v3", None: "deepseek_v3"},
+        experts=MixtureNames(joined=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),  # in PEFT's words
     ),
 )
