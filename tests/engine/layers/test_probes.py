@@ -1,6 +1,7 @@
 """How rows go into a product is found out: the first way in which no row's bits depend on the others."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,6 @@ def test_an_adapter_goes_one_way_on_every_linear_whether_it_trains_or_decodes() 
     exactness.add(64, (48, 16, 16))
     exactness.add(160, (64,))
     way = exactness.adapter(32, torch.empty(0))
-    assert way in ADAPTER_LAYOUTS
+    assert replace(way, larger=()) in ADAPTER_LAYOUTS
     assert exactness.adapter(32, torch.empty(0)) is way
     assert exactness.broken == []
