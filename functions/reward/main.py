@@ -2,7 +2,7 @@
 
 import os
 import time
-from functools import cache
+from functools import cache, partial
 
 import functions_framework.aio
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from knapper.jobs.services import JobServices, open_job_services
 from knapper.jobs.worker import Worker
 from knapper.observability import logs, traces
 from knapper.rewards import requests
+from knapper.rewards.episodes import play
 from knapper.rewards.scorer import score
 from knapper.sandbox.pool import Sandbox
 from knapper.serving import http, metrics_page
@@ -43,7 +44,7 @@ def key() -> FunctionKey:
 def scoring() -> Scoring:
     """The worker for jobs."""
     worker = Worker("reward", job_services(), Folders(job_services().store), ["rl"])
-    return Scoring(worker, lambda *args: score(*args, sandbox=sandbox))
+    return Scoring(worker, lambda *args: score(*args, sandbox=sandbox), partial(play, sandbox=sandbox))
 
 
 @functions_framework.aio.http

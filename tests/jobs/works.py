@@ -40,9 +40,12 @@ from knapper.jobs.scores import Judge, Scoring
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.worker import Worker
+from knapper.rewards import episodes
+from knapper.rewards.episodes import EnvironmentCode, EpisodeSoFar, Played
 from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
+from knapper.sandbox.pool import Sandbox
 from knapper.serving.engine import StoredAdapters
 from knapper.serving.runs import ClaimedRuns
 from knapper.state.journal.holder import Holder
@@ -101,6 +104,7 @@ class Works:
         self.terms, self.prices = TERMS, prices
         self.house, self.malice, self.slice_s = house, malice, slice_s
         self.judge: Judge = variety
+        self.sandbox = Sandbox()  # for environments; a story that uses it closes it
         self.log: list[Event] = []
         self._die = random.Random(seed)
         self._queue: list[tuple[Function, Event]] = []
@@ -125,7 +129,7 @@ class Works:
         )
         house = self.house
         if name == "reward":
-            self._processes[name] = Scoring(worker, lambda *given: self.judge(*given)).answer
+            self._processes[name] = Scoring(worker, self._judge, self._play).answer
         elif name == "sample":
             adapters = StoredAdapters(self.store, house.config, torch.device("cpu"), torch.float32)
             sampler = EngineSampler(
@@ -144,6 +148,12 @@ class Works:
             claimed_runs = ClaimedRuns(self.store, machine, holder, self.clock)
             journal = Journal(self.store, claimed_runs, self.clock)
             self._processes[name] = Training(worker, journal, house.language, CONTEXT).answer
+
+    async def _judge(self, reward: Reward, rollouts: Sequence[ScorableRollout]) -> list[RewardScore]:
+        return await self.judge(reward, rollouts)
+
+    async def _play(self, code: EnvironmentCode, episode: EpisodeSoFar) -> Played:
+        return await episodes.play(code, episode, self.sandbox)
 
     def restart(self, terms: Terms) -> None:
         """train_step begins anew, with other terms."""
@@ -247,6 +257,7 @@ def triggered(event: Event) -> list[Function]:
     after: dict[str, list[Function]] = {
         cloudevents.ROLLOUTS_SAMPLED: ["reward"],
         cloudevents.ROLLOUTS_SCORED: ["train_step"],
+        cloudevents.ROLLOUTS_ANSWERED: ["sample"],
     }
     return after.get(event.type, [])
 
