@@ -70,8 +70,9 @@ Holds = type[Record] | Empty | BundlePart | NamedByHash | SecretOrBare
 
 _RECORDS: Final[tuple[type[Record], ...]] = (
     Alarm, Assignment, CapturedTurn, Checkpoint, Commit, Control, DeadLetter, DrawnSamples, End, Entry,
-    EnvironmentAnswers, EpisodeScore, Evaluated, Finish, Index, Key, Manifest, ModelRecord, Operation, ProbeResult, Quotas, Refusal,
-    Rollouts, Sampler, SamplersInUse, Samplings, Scores, Session, SampledTurns, Started, Trained, Waiting,
+    EnvironmentAnswers, EpisodeScore, Evaluated, Finish, Index, Key, Manifest, ModelRecord, Operation, ProbeResult,
+    Quotas, Refusal, Rollouts, SampledTurns, Sampler, SamplersInUse, Samplings, Scores, Session, Started, Trained,
+    Waiting,
 )  # fmt: skip
 _HELD: Final[dict[str, Holds]] = {
     layout.EMPTY: Empty(), layout.PART: BundlePart(), layout.NAMED_BY_HASH: NamedByHash(),
