@@ -12,12 +12,12 @@ from knapper.errors import KnapperError
 from knapper.events import cloudevents
 from knapper.events.function_key import FunctionKey
 from knapper.jobs.job_files import Folders
+from knapper.jobs.plays import play
 from knapper.jobs.scores import Scoring
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.jobs.worker import Worker
 from knapper.observability import logs, traces
 from knapper.rewards import requests
-from knapper.rewards.episodes import play
 from knapper.rewards.scorer import score
 from knapper.sandbox.pool import Sandbox
 from knapper.serving import http, metrics_page

@@ -14,13 +14,13 @@ from knapper.errors import damaged
 from knapper.jobs import schedule
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
+from knapper.jobs.plays import EnvironmentCode, EpisodeSoFar, Played
 from knapper.jobs.progress import RoundParts
 from knapper.jobs.rows import RlRow
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import EnvironmentSpec, RlJob
 from knapper.jobs.turns import EpisodeGroup, read_group
 from knapper.rewards import spec
-from knapper.rewards.episodes import EnvironmentCode, EpisodeSoFar, Played
 from knapper.rewards.scorer import RewardFailed
 from knapper.state.job_records import (
     EnvironmentAnswer,
@@ -40,7 +40,7 @@ Play = Callable[[EnvironmentCode, EpisodeSoFar], Awaitable[Played]]
 
 @dataclass(frozen=True)
 class Environments:
-    """Those of one job. `play`: knapper.rewards.episodes.play, with the sandbox of this process."""
+    """Those of one job. `play`: knapper.rewards.plays.play, with the sandbox of this process."""
 
     services: JobServices
     folder: Folder

@@ -28,7 +28,7 @@ Judge = Callable[[Reward, Sequence[scorer.ScorableRollout]], Awaitable[list[scor
 
 @dataclass
 class Scoring:
-    """`judge`, `play`: those of knapper.rewards.scorer and knapper.rewards.episodes, with this process's sandbox."""
+    """`judge`, `play`: those of knapper.rewards.scorer and knapper.jobs.plays, with this process's sandbox."""
 
     worker: Worker
     judge: Judge

@@ -17,8 +17,8 @@ from knapper.catalogue.tool_calls import Calling
 from knapper.catalogue.tools import AgentMessage, Tool, ToolCall, ToolUse
 from knapper.catalogue.tools_in_words import in_words
 from knapper.errors import UserError, damaged
+from knapper.jobs import plays
 from knapper.jobs.names import Round, Start
-from knapper.rewards import episodes
 from knapper.state.job_records import EnvironmentAnswer, EnvironmentAnswers, Record, SampledTurn, SampledTurns, read
 from knapper.store import Store, many
 from knapper.wire.types import Int32, SampledSequence
@@ -61,7 +61,7 @@ class EpisodeGroup:
 
     @property
     def tools(self) -> list[Tool]:
-        return episodes.tools_of(msgspec.json.decode(self.answers[0].tools)) if self.answers[0].tools else []
+        return plays.tools_of(msgspec.json.decode(self.answers[0].tools)) if self.answers[0].tools else []
 
     def tokens(self, sample: int) -> Int32:
         """Of the episode up to its last sampled turn."""
@@ -107,7 +107,7 @@ class TurnTokens:
         messages = msgspec.json.decode(said.messages)
         if isinstance(messages, str):
             return np.array(self.language.encode(messages), np.int32)
-        read = episodes.messages_of(messages)
+        read = plays.messages_of(messages)
         return np.array(self.calling(tools).prompt(read, self.now, {}, self.context), np.int32)
 
     def following(self, said: EnvironmentAnswer, tools: Sequence[Tool], sampled: bytes) -> Int32:
@@ -115,7 +115,7 @@ class TurnTokens:
         assistant said, without the token that ends that if it was sampled. Raises UserError.
         """
         messages = msgspec.json.decode(said.messages)
-        text = messages if isinstance(messages, str) else self._behind(episodes.messages_of(messages), tools)
+        text = messages if isinstance(messages, str) else self._behind(plays.messages_of(messages), tools)
         (encoded,) = self.language.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         tokens, before = np.array(encoded.ids, np.int32), np.frombuffer(sampled, "<i4")
         return tokens[1:] if tokens.size and before.size and tokens[0] == before[-1] else tokens

@@ -13,13 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from knapper.errors import UserError
-from knapper.jobs import control, rl, spec
+from knapper.jobs import control, plays, rl, spec
 from knapper.jobs.names import Start
+from knapper.jobs.plays import EnvironmentCode, EpisodeSoFar
 from knapper.jobs.rows import EpisodeSequence
 from knapper.jobs.spec import RlJob
 from knapper.jobs.turns import TurnTokens
-from knapper.rewards import episodes
-from knapper.rewards.episodes import EnvironmentCode, EpisodeSoFar
 from knapper.sandbox.pool import Sandbox
 from knapper.state.job_records import EnvironmentAnswer, Rollouts, SampledTurns, decode, read
 from tests.jobs.services import lines
@@ -268,8 +267,8 @@ def test_a_models_calls_of_an_environments_tools_reach_it_as_calls(house: House)
     async def story() -> None:
         sandbox, code = Sandbox(), EnvironmentCode("env.py", TOOLS, 10.0)
         try:
-            began = await episodes.play(code, EpisodeSoFar("1/0/0", "s", "1 + 2", 3), sandbox)
-            tokens, tools = TurnTokens(house.language, 0.0, 512), episodes.tools_of(began.tools)
+            began = await plays.play(code, EpisodeSoFar("1/0/0", "s", "1 + 2", 3), sandbox)
+            tokens, tools = TurnTokens(house.language, 0.0, 512), plays.tools_of(began.tools)
             said = 'So: <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
             message = tokens.message(said, tools, 0)
             assert message["content"] == "So:"
@@ -278,7 +277,7 @@ def test_a_models_calls_of_an_environments_tools_reach_it_as_calls(house: House)
                  "function": {"name": "add", "arguments": '{"a": 1}'}}
             ]  # fmt: skip
             episode = EpisodeSoFar("1/0/0", "s", "1 + 2", 3, [message], began.digests)
-            after = await episodes.play(code, episode, sandbox)
+            after = await plays.play(code, episode, sandbox)
             assert after.said.reward == 1.0
             answer = EnvironmentAnswer(messages=msgspec.json.encode(after.said.messages), digest=after.digests[-1])
             ended = np.array(house.language.tokenizer.encode("x<|end|>").ids, "<i4").tobytes()
@@ -308,12 +307,13 @@ def test_the_environment_of_the_page_plays() -> None:
         sandbox = Sandbox()
         try:
             environment = EnvironmentCode("env.py", code.partition("```")[0], 10.0)
-            began = await episodes.play(environment, EpisodeSoFar("1/0/0", "s", "", None), sandbox)
+            began = await plays.play(environment, EpisodeSoFar("1/0/0", "s", "", None), sandbox)
             digests, turns = began.digests, list[dict[str, Any]]()
+            played = began
             for guess in range(1, 21):
                 turns.append({"role": "assistant", "content": f" {guess}\n"})
                 episode = EpisodeSoFar("1/0/0", "s", "", None, turns, digests)
-                played = await episodes.play(environment, episode, sandbox)
+                played = await plays.play(environment, episode, sandbox)
                 if played.said.done:
                     break
                 assert played.said.messages == [{"role": "user", "content": "higher"}]

@@ -27,11 +27,12 @@ from knapper.errors import Fenced, KnapperError, Unavailable
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import control, inbox, revive
+from knapper.jobs import control, inbox, plays, revive
 from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folders
 from knapper.jobs.names import Start
 from knapper.jobs.notifications import Notifier
+from knapper.jobs.plays import EnvironmentCode, EpisodeSoFar, Played
 from knapper.jobs.revive import Seen
 from knapper.jobs.rollouts import RolloutSampler
 from knapper.jobs.run_client import Journal
@@ -40,8 +41,6 @@ from knapper.jobs.scores import Judge, Scoring
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import KINDS, Kind
 from knapper.jobs.worker import Worker
-from knapper.rewards import episodes
-from knapper.rewards.episodes import EnvironmentCode, EpisodeSoFar, Played
 from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
@@ -153,7 +152,7 @@ class Works:
         return await self.judge(reward, rollouts)
 
     async def _play(self, code: EnvironmentCode, episode: EpisodeSoFar) -> Played:
-        return await episodes.play(code, episode, self.sandbox)
+        return await plays.play(code, episode, self.sandbox)
 
     def restart(self, terms: Terms) -> None:
         """train_step begins anew, with other terms."""
