@@ -32,5 +32,6 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         return list(await asyncio.gather(*tasks))
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # a second time would cut short how it cleans up
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
