@@ -153,6 +153,7 @@ job_rows_max = 1_000_000  # of one data file
 job_steps_max = 100_000
 job_batch_max = 4096  # prompts, sequences or pairs of one step
 job_staleness_max = 4
+job_turns_max = 64  # of one episode with an environment
 job_missing_s = 600.0  # files that job.yaml names and that have not arrived are an error after this
 job_inbox_look_s = 300.0  # where nobody announces uploads, an inbox with nothing new is listed this often at last
 job_appears_s = job_inbox_look_s + 60.0  # so long `--follow` waits for a job: such a look, and its start

@@ -2,7 +2,7 @@
 
 import os
 import time
-from functools import cache
+from functools import cache, partial
 
 import functions_framework.aio
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from knapper.errors import KnapperError
 from knapper.events import cloudevents
 from knapper.events.function_key import FunctionKey
 from knapper.jobs.job_files import Folders
+from knapper.jobs.plays import play
 from knapper.jobs.scores import Scoring
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.jobs.worker import Worker
@@ -43,7 +44,7 @@ def key() -> FunctionKey:
 def scoring() -> Scoring:
     """The worker for jobs."""
     worker = Worker("reward", job_services(), Folders(job_services().store), ["rl"])
-    return Scoring(worker, lambda *args: score(*args, sandbox=sandbox))
+    return Scoring(worker, lambda *args: score(*args, sandbox=sandbox), partial(play, sandbox=sandbox))
 
 
 @functions_framework.aio.http

@@ -8,8 +8,8 @@ from msgspec import Meta
 
 from gateway.openai import images
 from gateway.openai.chats import Chat
-from gateway.openai.tools import ToolName, call_as_template, use_of
 from knapper import limits
+from knapper.catalogue.tool_fields import ToolName, call_as_template, use_of
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
 from knapper.wire import grammars, image_files, types

@@ -143,13 +143,13 @@ def _completions(
     completions = []
     for n in numbers:
         rollout, score = rollouts.rollouts[n], group.scores.scores[n] if group is not None and scored else None
-        logprobs = np.frombuffer(rollout.logprobs, "<f4")
+        sequence = rl.sequence_of(np.zeros(0, np.int32), rollout)
         completions.append({
-            "n": n, "text": rollout.text, "tokens": len(rollout.tokens) // 4, "stopped": rollout.stopped,
+            "n": n, "text": rollout.text, "tokens": rollout.sampled_tokens, "stopped": rollout.stopped,
             "reward": None if score is None else score.value, "parts": {} if score is None else score.parts,
             "reasons": {} if score is None else score.reasons,
             "advantage": None if advantages is None else float(advantages[n]),
-            "logprob": float(logprobs.mean()) if logprobs.size else 0.0,
+            "logprob": float(sequence.logprobs_T[sequence.sampled_T].mean()) if rollout.sampled_tokens else 0.0,
         })  # fmt: skip
     return {"completions": completions, "count": len(rollouts.rollouts), "refused": refused}
 

@@ -12,9 +12,9 @@ from gateway import bodies
 from gateway.openai import images, models
 from gateway.openai.models import SampledModel
 from gateway.openai.samples import SampleOptions
-from gateway.openai.tool_calls import Calling
 from gateway.services import services_of
 from gateway.tenants import tenant_of
+from knapper.catalogue.tool_calls import Calling
 from knapper.catalogue.tools import AgentMessage, ToolUse
 from knapper.wire import grammars
 from knapper.wire.image_files import ImageFile

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import msgspec
 
 from gateway.openai.detokenizer import ScoredToken, TextDelta
-from gateway.openai.tool_calls import Calling
 from knapper.catalogue.call_reader import CallReader, Piece
 from knapper.catalogue.tokenizer import Language
+from knapper.catalogue.tool_calls import Calling
 from knapper.catalogue.tools import ToolCall
 from knapper.wire.progress import Ending
 

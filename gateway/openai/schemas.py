@@ -13,8 +13,8 @@ from msgspec import Meta
 from gateway.openai.chats import Chat
 from gateway.openai.images import apart
 from gateway.openai.response_formats import ResponseFormat
-from gateway.openai.tools import AgentChatMessage, ChosenTool, ToolChoice, Tools, use_of
 from knapper import limits
+from knapper.catalogue.tool_fields import AgentChatMessage, ChosenTool, ToolChoice, Tools, use_of
 from knapper.catalogue.tools import AgentMessage, ToolUse
 from knapper.errors import InvalidField
 from knapper.wire import types

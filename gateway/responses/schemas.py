@@ -10,8 +10,8 @@ from msgspec import Meta
 from gateway.openai import images
 from gateway.openai.chats import Chat
 from gateway.openai.response_formats import NamedSchema, ResponseFormat
-from gateway.openai.tools import ToolName, arguments_of, call_as_template, use_of
 from knapper import limits
+from knapper.catalogue.tool_fields import ToolName, arguments_of, call_as_template, use_of
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
 from knapper.wire import image_files, json, types

@@ -34,8 +34,21 @@ def read(client: "JobsClient", job: str, step: int | None, evaluation: int | Non
 
 def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """One line per rollout; texts are shortened."""
-    if rows:
+    if not rows:
+        return
+    if any("turns" in row for row in rows):
+        heads = ("REWARD", "ADVANTAGE", "TOKENS", "TURNS", "ENDED", "PROMPT", "COMPLETIONS")
+        yield from table(heads, [_episode(row) for row in rows])
+    else:
         yield from table(("REWARD", "ADVANTAGE", "TOKENS", "PROMPT", "COMPLETION"), [_line(row) for row in rows])
+
+
+def _episode(row: dict[str, Any]) -> tuple[str, ...]:
+    """A rollout of several turns."""
+    reward, advantage, tokens, prompt, completion = _line(row)
+    turns = row.get("turns", [])
+    said = " | ".join(turn["completion"] for turn in turns) if turns else completion
+    return reward, advantage, tokens, str(len(turns)), row.get("ended") or "-", prompt, _cut(said)
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Work that goes on beside its starter: an asyncio task, or in the simulation another coroutine of one process."""
 
 import asyncio
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Iterable
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -23,3 +23,15 @@ class Spawn(Protocol):
 def spawn(work: Coroutine[Any, Any, T], /) -> Task[T]:
     """As a task of the running event loop."""
     return asyncio.create_task(work)
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results, in order. If one fails, or the caller leaves, the others end before this does."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            if not task.cancelling():  # a second time would cut short how it cleans up
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

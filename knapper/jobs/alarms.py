@@ -11,6 +11,7 @@ import structlog
 
 from knapper.diagnostics import rules
 from knapper.diagnostics.rules import SILENT_GROUPS, Step
+from knapper.diagnostics.weights import WeightsReader
 from knapper.jobs.names import Start
 from knapper.jobs.recipes import StepOutcome
 from knapper.jobs.spec import RlJob
@@ -29,6 +30,7 @@ class StepAlarms:
     store: Store
     start: Start
     job: RlJob
+    source: str = ""  # the bundle that the job began with
 
     async def look(self, step: int, seq: int, outcome: StepOutcome, at: float) -> None:
         """Store the alarms of step `step`, counted from 0: each is said once a job. `at`: seconds since the epoch."""
@@ -56,6 +58,7 @@ class StepAlarms:
             sampled=sum(each.datums for each in outcome.drawn), declared=self.job.max_staleness,
             drawn=[(each, int(outcome.metrics["staleness"])) for each in outcome.drawn],
             silent_groups=await self._silent_groups(step, outcome.metrics),
+            own=frozenset({(await WeightsReader(self.store).of(self.source)).digest} if self.source else ()),
         )  # fmt: skip
 
     async def _silent_groups(self, step: int, of_step: Mapping[str, float]) -> int:

@@ -15,7 +15,7 @@ from knapper import limits
 from knapper.catalogue.served_models import Catalogue
 from knapper.errors import InvalidField, NotFound, TooLarge, UserError
 from knapper.ids import Tenant, number
-from knapper.jobs import control, datasets, names, outputs, spec, upload
+from knapper.jobs import control, datasets, names, origins, outputs, spec, upload
 from knapper.jobs.names import Start
 from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.services import JobServices
@@ -160,18 +160,21 @@ async def _checked(services: JobServices, start: Start, parsed: Parsed, whole: U
     held_out: Sequence[Row] = []
     if job.evaluate is not None:
         held_out = await asyncio.to_thread(datasets.rows, job, job.evaluate.data, files[job.evaluate.data])
-    if isinstance(job, RlJob):
+    if isinstance(job, RlJob) and job.environment is not None:
+        rewards.text_of(job.environment.code, files[job.environment.code])
+    elif isinstance(job, RlJob):
         reward = _reward(job, files)
         await asyncio.to_thread(_check_answers, reward, job.data, files[job.data], rows)
         if job.evaluate is not None:
             await asyncio.to_thread(_check_answers, reward, job.evaluate.data, files[job.evaluate.data], held_out)
     model = await _model(services, job.base_model)
+    source = "" if job.init_from is None else await origins.bundle_of(services, start.tenant, job, job.init_from, model)
     return Started(
         tenant=start.tenant, job=start.job, start=start.id, generation=whole.job_yaml.generation,
         generations=whole.generations, spec_json=spec.encode(job), job_yaml=whole.job_yaml.data,
         files=dict(whole.content.sha256s),
         files_bytes=sum(map(len, files.values())), base_model=model, model=slug(model), rows=len(rows),
-        held_out=len(held_out), started_at=services.clock(),
+        held_out=len(held_out), started_at=services.clock(), source=source,
     )  # fmt: skip
 
 
@@ -273,6 +276,8 @@ def _fields(parsed: Parsed) -> list[tuple[str, str]]:
     fields = [("data", job.data)]
     if job.evaluate is not None:
         fields.append(("evaluate.data", job.evaluate.data))
+    if isinstance(job, RlJob) and job.environment is not None:
+        fields.append(("environment.code", job.environment.code))
     return fields + [("reward", name) for name in job.files if name not in {file for _, file in fields}]
 
 

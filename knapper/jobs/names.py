@@ -145,6 +145,14 @@ class Start:
     def scores(self, kind: Round, n: int, part: int) -> str:
         return ObjectKind.JOB_SCORES.key(*self._fields, kind, n, part)
 
+    def turn(self, kind: Round, n: int, part: int, turn: int) -> str:
+        """What the rollouts of one prompt sampled in one turn, from 0."""
+        return ObjectKind.JOB_TURN.key(*self._fields, kind, n, part, turn)
+
+    def answered(self, kind: Round, n: int, part: int, turn: int) -> str:
+        """What their environments said before that turn."""
+        return ObjectKind.JOB_ANSWERED.key(*self._fields, kind, n, part, turn)
+
     def trained(self, step: int) -> str:
         return ObjectKind.JOB_TRAINED.key(*self._fields, "steps", step)
 

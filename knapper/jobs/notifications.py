@@ -25,12 +25,16 @@ class Notifier:
         self._clock = clock
         self._posted_at: dict[tuple[str, str, str], float] = {}
 
-    async def ring(self, event: Event, what: str, source: str, n: int, kind: Round = "steps") -> None:
-        """Post the doorbell after `event`: the round has got this far, or this version of the adapter exists."""
+    async def ring(self, event: Event, what: str, source: str, n: int, kind: Round = "steps", moves: int = 0) -> None:
+        """Post the doorbell after `event`: the round has got this far, or this version of the adapter exists.
+
+        `moves`: how many turns, and answers to them, the round has.
+        """
         doorbell = event.next(what, source, step=n)
-        if kind == "evaluations":  # a step of the same number may have its own
-            doorbell = replace(doorbell, id=hashlib.sha256(f"{doorbell.id}|{kind}".encode()).hexdigest()[:32])
-        key, now = (what, event.subject, f"{kind}/{n}"), self._clock()
+        if kind == "evaluations" or moves:  # a step of the same number, or the turn before, may have its own
+            own = f"{doorbell.id}|{kind}" + (f"|{moves}" if moves else "")
+            doorbell = replace(doorbell, id=hashlib.sha256(own.encode()).hexdigest()[:32])
+        key, now = (what, event.subject, f"{kind}/{n}/{moves}"), self._clock()
         if now - self._posted_at.get(key, -_QUIET_S) < _QUIET_S:
             return
         if len(self._posted_at) >= _REMEMBERED_MAX:

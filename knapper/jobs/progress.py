@@ -3,6 +3,7 @@
 Step k: its prompts are sampled, each sample is scored, then it is trained, which makes version k + 1 of the adapter.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,11 +26,34 @@ class Outline:
 
 @dataclass
 class RoundParts:
-    """One round: the prompts whose rollouts, and whose scores, exist."""
+    """One round: the prompts whose rollouts, and whose scores, exist.
+
+    `turns`, `answered`: of a prompt with an environment, how many turns are sampled, and how often it has answered.
+    """
 
     rollouts: set[int] = field(default_factory=set)
     scores: set[int] = field(default_factory=set)
     done: bool = False  # trained, or evaluated
+    turns: Counter[int] = field(default_factory=Counter)
+    answered: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def moves(self) -> int:
+        return self.turns.total() + self.answered.total()
+
+    def to_sample(self, job: RlJob, prompts: int) -> list[int]:
+        """The prompts that wait for the sampler."""
+        missing = sorted(set(range(prompts)) - self.rollouts)
+        if job.environment is None:
+            return missing
+        return [part for part in missing if self.answered[part] > self.turns[part]]
+
+    def to_score(self, job: RlJob, prompts: int) -> list[int]:
+        """Those that wait for the reward, or for their environment."""
+        if job.environment is None:
+            return sorted(self.rollouts - self.scores)
+        unscored = sorted(set(range(prompts)) - self.scores)
+        return [part for part in unscored if part in self.rollouts or self.answered[part] == self.turns[part]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,10 @@ class ProgressReader:
                     parts.rollouts.add(part)
                 elif what == "scores":
                     parts.scores.add(part)
+                elif what == "turns":
+                    parts.turns[part] += 1
+                elif what == "answered":
+                    parts.answered[part] += 1
                 else:
                     parts.done = True
         while rounds.get(("steps", trained), RoundParts()).done:

@@ -147,7 +147,7 @@ async def _position(services: JobServices, seen: Seen, start: Start, started: St
     job = decode(started.spec_json)
     steps = job.steps if job.steps is not None else limits.job_steps_max
     now = await seen.progress_reader.look(Outline(start, job, started.held_out), steps)
-    parts = [(len(parts.rollouts), len(parts.scores), parts.done) for parts in now.rounds.values()]
+    parts = [(len(parts.rollouts), len(parts.scores), parts.moves, parts.done) for parts in now.rounds.values()]
     return now.trained, now.evaluated_to, parts
 
 

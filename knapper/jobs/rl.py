@@ -1,6 +1,6 @@
 """The recipe of reinforcement learning: rollouts and scores become advantages, and advantages the loss's data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from knapper.jobs.bill import covered, union
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round, Start, step_name
 from knapper.jobs.recipes import RunClients, StepOutcome
-from knapper.jobs.rows import RlRow, Row
+from knapper.jobs.rows import EpisodeSequence, RlRow, Row
 from knapper.jobs.run_client import joined
 from knapper.jobs.spec import RlJob
-from knapper.state.job_records import Rollout, Rollouts, Scores, Spent, decode
+from knapper.state.job_records import Rollout, Rollouts, RolloutTurn, Scores, Spent, decode
 from knapper.state.journal.records import Drawn
 from knapper.store import Store, many
 from knapper.wire.types import Datum
@@ -64,7 +64,9 @@ class Rl:
         groups = await read_groups(self.store, self.folder, "steps", step, self.job.batch.prompts)
         client = clients.run
         advantages_of = [advantages_of_group(self.job, group) for group in groups]
-        sampled = sum(size_of(each) for group in groups if not group.scores.refused for each in group.rollouts.rollouts)
+        sampled = sum(
+            each.sampled_tokens for group in groups if not group.scores.refused for each in group.rollouts.rollouts
+        )
         taught = [(group, each) for group, each in zip(groups, advantages_of, strict=True) if each.any()]
         data = [
             datum(group.prompt, rollout, advantage / sampled, masked=self.job.loss.name == "gspo")
@@ -126,17 +128,20 @@ def _drawn(group: RolloutGroup) -> list[Drawn]:
     return [] if drawn is None else [msgspec.structs.replace(drawn, datums=1)] * len(group.rollouts.rollouts)
 
 
-def size_of(rollout: Rollout) -> int:
-    """Sampled tokens."""
-    return len(rollout.tokens) // 4
-
-
 def datum(prompt: "np.ndarray[Any, np.dtype[np.int32]]", rollout: Rollout, advantage: float, *, masked: bool) -> Datum:
     """Each token predicts the next one; only sampled ones have an advantage."""
-    sampled = np.frombuffer(rollout.tokens, "<i4").astype(np.int32)
-    logprobs = np.concatenate([np.zeros(len(prompt), np.float32), np.frombuffer(rollout.logprobs, "<f4")])
-    sampled_T = np.arange(len(prompt) + len(sampled)) >= len(prompt)
-    return policy.datum(np.concatenate([prompt, sampled]), sampled_T, logprobs, advantage, masked=masked)
+    sequence = sequence_of(prompt, rollout)
+    return policy.datum(sequence.tokens_T, sequence.sampled_T, sequence.logprobs_T, advantage, masked=masked)
+
+
+def sequence_of(prompt: "np.ndarray[Any, np.dtype[np.int32]]", rollout: Rollout) -> EpisodeSequence:
+    """The tokens as they were sampled, those of a prompt and of an environment between them."""
+    after = np.frombuffer(rollout.tokens, "<i4").astype(np.int32)
+    sampled_T = np.zeros(len(prompt) + len(after), np.bool_)
+    for first, end in rollout.sampled if rollout.turns else [(0, len(after))]:
+        sampled_T[len(prompt) + first : len(prompt) + end] = True
+    logprobs_T = np.concatenate([np.zeros(len(prompt), np.float32), np.frombuffer(rollout.logprobs, "<f4")])
+    return EpisodeSequence(np.concatenate([prompt, after]), sampled_T, logprobs_T)
 
 
 def _described(job: RlJob, step: int, groups: Sequence[RolloutGroup], advantages_of: Sequence[Any]) -> dict[str, float]:
@@ -149,12 +154,29 @@ def _described(job: RlJob, step: int, groups: Sequence[RolloutGroup], advantages
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **_parts(groups),
-        "tokens/mean": float(np.mean([size_of(rollout) for rollout in rollouts])),
-        "stopped/mean": float(np.mean([rollout.stopped for rollout in rollouts])),
+        "tokens/mean": _mean(rollout.sampled_tokens for rollout in rollouts),
+        "stopped/mean": _mean(rollout.stopped for rollout in rollouts),
+        **_episodes(job, rollouts),
         "groups/refused": float(refused),
         "groups/silent": float(sum(not each.any() for each in advantages_of) - refused),
         "staleness": float(step - schedule.sampled_from(job, step)),
     }
+
+
+def _episodes(job: RlJob, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of a job with an environment: turns of an episode, and the shares that its limits ended."""
+    if job.environment is None:
+        return {}
+    return {
+        "turns/mean": _mean(len(rollout.turns) for rollout in rollouts),
+        "ended/turns": _mean(rollout.ended == "turns" for rollout in rollouts),
+        "ended/context": _mean(rollout.ended == "context" for rollout in rollouts),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    """0 of none: all groups were refused before anything was sampled."""
+    return float(np.mean(found)) if (found := list(values)) else 0.0
 
 
 def _parts(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -168,13 +190,13 @@ def _parts(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 def _spent(groups: Sequence[RolloutGroup]) -> Spent:
     return Spent(
-        prompt_tokens=sum(len(group.prompt) for group in groups),
-        sampled_tokens=sum(size_of(rollout) for group in groups for rollout in group.rollouts.rollouts),
+        prompt_tokens=sum(group.rollouts.prefilled or len(group.prompt) for group in groups),
+        sampled_tokens=sum(rollout.sampled_tokens for group in groups for rollout in group.rollouts.rollouts),
         sample_device_s=sum(group.rollouts.device_s for group in groups),
-        sample_s=covered([(group.rollouts.began_at, group.rollouts.ended_at) for group in groups]),
-        reward_s=covered([(group.scores.began_at, group.scores.ended_at) for group in groups]),
+        sample_s=covered([span for group in groups for span in group.rollouts.worked]),
+        reward_s=covered([span for group in groups for span in group.scores.worked]),
         bytes=sum(group.size for group in groups),
-        busy=union([(each.began_at, each.ended_at) for group in groups for each in (group.rollouts, group.scores)]),
+        busy=union([span for group in groups for each in (group.rollouts, group.scores) for span in each.worked]),
     )
 
 
@@ -184,9 +206,14 @@ def _readable(rows: Sequence[Row], groups: Sequence[RolloutGroup], advantages_of
     for n, group in enumerate(groups):
         row = rows[group.rollouts.row]
         assert isinstance(row, RlRow)
+        if not group.rollouts.rollouts:
+            refused = {"prompt": row.prompt, "completion": "", "answer": row.answer, "tokens": 0, "stopped": False}
+            lines.append(msgspec.json.encode({**refused, "refused": group.scores.refused}) + b"\n")
         for m, rollout in enumerate(group.rollouts.rollouts):
             line: dict[str, Any] = {"id": rollout.id, "prompt": row.prompt, "completion": rollout.text}
-            line |= {"answer": row.answer, "tokens": size_of(rollout), "stopped": rollout.stopped}
+            line |= {"answer": row.answer, "tokens": rollout.sampled_tokens, "stopped": rollout.stopped}
+            if rollout.turns:
+                line |= {"turns": [_turn(turn) for turn in rollout.turns], "ended": rollout.ended}
             if group.scores.refused:
                 line["refused"] = group.scores.refused
             else:
@@ -198,3 +225,7 @@ def _readable(rows: Sequence[Row], groups: Sequence[RolloutGroup], advantages_of
                 line["advantage"] = float(advantages_of[n][m])
             lines.append(msgspec.json.encode(line) + b"\n")
     return b"".join(lines)
+
+
+def _turn(turn: RolloutTurn) -> dict[str, Any]:
+    return {"completion": turn.completion, "messages": msgspec.Raw(turn.messages or b"[]"), "reward": turn.reward}

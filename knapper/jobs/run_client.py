@@ -49,9 +49,9 @@ class Journal:
         self._results = Results(store, manifests)
         self._claimed_runs = claimed_runs
 
-    async def create(self, spec: Spec) -> None:
-        """Create the run, with its first operation. Repeating it changes nothing."""
-        await self._acceptor.create(Creation(spec=spec), msgspec.json.encode(spec))
+    async def create(self, spec: Spec, source: str = "") -> None:
+        """Create the run, with its first operation, from its seed or a bundle. Repeating it changes nothing."""
+        await self._acceptor.create(Creation(spec=spec, source=source), msgspec.json.encode(spec) + source.encode())
         await self._result(RunId(spec.run), 0)
 
     async def apply(

@@ -104,7 +104,7 @@ class Training:
         clients = await self._clients(folder, recipe, step, within, before_step=True)
         outcome = await recipe.train(clients, step)
         if isinstance(folder.job, RlJob):
-            alarms = StepAlarms(self._services.store, folder.start, folder.job)
+            alarms = StepAlarms(self._services.store, folder.start, folder.job, folder.started.source)
             await alarms.look(step, clients.run.seq, outcome, self._services.clock())
         if folder.job.keep == "best" and schedule.evaluated(folder.job, step + 1, recipe.steps):
             await clients.run.save(step_name(step + 1))
@@ -214,7 +214,7 @@ class Training:
         await Sessions(self._services.store).find_or_create(session)
         for run in recipe.runs:
             await register.add_run(session, run)
-            await self.journal.create(_spec(folder, run == start.reference, run))
+            await self.journal.create(_spec(folder, run == start.reference, run), started.source)
 
     async def _forget_adapters(self, folder: Folder, newest: int, steps: int) -> None:
         """Delete the checkpoint of a version from which no round can be sampled any more."""
@@ -243,10 +243,10 @@ def _scored(recipe: Recipe, now: Progress, kind: Round, n: int) -> bool:
 
 
 def _spec(folder: Folder, reference: bool, run: str) -> Spec:
-    """`reference`: the smallest adapter, as it is never trained."""
-    lora = folder.job.lora
+    """`reference`: the smallest adapter, as it is never trained; or the weights that the job begins with."""
+    lora, small = folder.job.lora, reference and not folder.started.source
     return Spec(
-        run=run, tenant=folder.start.tenant, base_model=folder.started.base_model, rank=1 if reference else lora.rank,
+        run=run, tenant=folder.start.tenant, base_model=folder.started.base_model, rank=1 if small else lora.rank,
         alpha=lora.alpha, seed=lora.seed, train_attn=lora.train_attn, train_mlp=lora.train_mlp,
         train_unembed=lora.train_unembed,
     )  # fmt: skip

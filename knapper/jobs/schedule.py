@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from knapper.jobs.names import Round
 from knapper.jobs.spec import AnyJob, DpoJob, EpisodesJob, Optimizer, RlJob
 from knapper.wire import types
 
@@ -88,6 +89,26 @@ def order(seed: int, epoch: int, count: int) -> Sequence[int]:
 def sample_seed(seed: int, round_name: str, prompt: int) -> int:
     """Of all samples of one prompt of one round; sample i of them draws from (this seed, i)."""
     return _number("sample", seed, round_name, prompt, bits=62)
+
+
+def turn_seed(seed: int, round_name: str, prompt: int, turn: int, sample: int) -> int:
+    """Of one sample's turn after the first, which has a seed of its own because each has a prompt of its own."""
+    return _number("turn", seed, round_name, prompt, turn, sample, bits=62)
+
+
+def row(job: RlJob, kind: Round, n: int, part: int, count: int) -> int:
+    """The row (0 to count - 1) of a round's prompt; `count`: how many the data has."""
+    return part if kind == "evaluations" else rows(job.seed, n, job.batch.prompts, count)[part]
+
+
+def seed_of(kind: Round, n: int) -> str:
+    """The round's part of seeds. All versions are evaluated with the same ones, so that they can be compared."""
+    return f"steps/{n}" if kind == "steps" else "evaluations"
+
+
+def label(kind: Round, n: int) -> str:
+    """How ids of rollouts begin."""
+    return str(n + 1) if kind == "steps" else f"e{n}"
 
 
 def _number(*of: object, bits: int) -> int:

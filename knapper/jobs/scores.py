@@ -1,16 +1,18 @@
-"""reward's part of a job: the scores of rollouts, one object per prompt."""
+"""reward's part of a job: the scores of rollouts, one object per prompt, and the answers of environments."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from knapper.concurrency.tasks import together
 from knapper.errors import damaged
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import progress
+from knapper.jobs.environments import Environments, Play
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
-from knapper.jobs.progress import ProgressReader
+from knapper.jobs.progress import ProgressReader, RoundParts
 from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import RlJob
 from knapper.jobs.worker import Slice, Worker
@@ -26,10 +28,11 @@ Judge = Callable[[Reward, Sequence[scorer.ScorableRollout]], Awaitable[list[scor
 
 @dataclass
 class Scoring:
-    """`judge`: knapper.rewards.scorer.score, with the sandbox of this process."""
+    """`judge`, `play`: those of knapper.rewards.scorer and knapper.jobs.plays, with this process's sandbox."""
 
     worker: Worker
     judge: Judge
+    play: Play
 
     def __post_init__(self) -> None:
         self._services = self.worker.services
@@ -41,25 +44,35 @@ class Scoring:
     async def _work(self, folder: Folder, within: Slice, event: Event) -> None:
         job = folder.job
         assert isinstance(job, RlJob), "the worker takes no others"
-        reward = spec.parse(job.reward, folder.files)
+        score, ring = self._scorer(folder, job), self._services.notifier.ring
         while True:
             await within.go_on()
             now = await self._progress_reader.look(folder.outline, job.steps)
             for kind, n, prompts in progress.rounds(folder.outline, job, now):
                 parts = now.parts(kind, n)
-                todo = sorted(parts.rollouts - parts.scores)
+                todo, scored = parts.to_score(job, prompts), set(parts.scores)
                 for first in range(0, len(todo), _GROUPS_AT_ONCE):
                     await within.go_on()
                     group = todo[first : first + _GROUPS_AT_ONCE]
-                    await asyncio.gather(*(self._score(folder, job, reward, kind, n, part) for part in group))
-                if len(parts.scores | set(todo)) == prompts and not parts.done:
-                    await self._services.notifier.ring(event, cloudevents.ROLLOUTS_SCORED, SOURCE, n, kind)
+                    ended = await together(score(kind, n, part, parts) for part in group)
+                    scored |= {part for part, over in zip(group, ended, strict=True) if over}
+                if len(scored) == prompts and not parts.done:
+                    await ring(event, cloudevents.ROLLOUTS_SCORED, SOURCE, n, kind)
+                elif job.environment is not None and len(scored) < prompts:  # the others wait for the sampler
+                    await ring(event, cloudevents.ROLLOUTS_ANSWERED, SOURCE, n, kind, parts.moves + len(todo))
                 if todo:
                     break
             else:
                 return
 
-    async def _score(self, folder: Folder, job: RlJob, reward: Reward, kind: Round, n: int, part: int) -> None:
+    def _scorer(self, folder: Folder, job: RlJob) -> Callable[[Round, int, int, RoundParts], Coroutine[Any, Any, bool]]:
+        """Goes on with one prompt's rollouts, and says whether they have their scores now."""
+        if job.environment is not None:
+            return Environments(self._services, folder, job, job.environment, self.play).move
+        reward = spec.parse(job.reward, folder.files)
+        return lambda kind, n, part, _: self._score(folder, job, reward, kind, n, part)
+
+    async def _score(self, folder: Folder, job: RlJob, reward: Reward, kind: Round, n: int, part: int) -> bool:
         """Score one prompt's rollouts. Raises RewardFailed, unless the job skips such groups."""
         name = folder.start.rollouts(kind, n, part)
         record = await read(self._services.store, name, Rollouts)
@@ -77,6 +90,7 @@ class Scoring:
         stored = [Score(value=score.value, parts=score.parts, reasons=score.reasons) for score in scores]
         score_record = Scores(scores=stored, refused=refused, began_at=began_at, ended_at=self._services.clock())
         await self._services.store.put_if_absent(folder.start.scores(kind, n, part), encode(score_record))
+        return True
 
 
 def _scorable(row: RlRow, rollout: Rollout) -> scorer.ScorableRollout:

@@ -76,6 +76,14 @@ class RlBatch(SpecPart, frozen=True, kw_only=True):
     samples: Annotated[int, Meta(ge=2, le=limits.num_samples_max)] = 8
 
 
+class EnvironmentSpec(SpecPart, frozen=True, kw_only=True):
+    """`Environment` of a file beside job.yaml: what a rollout of several turns meets, in the sandbox."""
+
+    code: File
+    turns: Annotated[int, Meta(ge=1, le=limits.job_turns_max)] = 8  # that are sampled at most; then the episode ends
+    timeout_s: rewards.Seconds = 10.0  # of all its steps in one episode
+
+
 class SftBatch(SpecPart, frozen=True, kw_only=True):
     sequences: Annotated[int, Meta(ge=1, le=limits.job_batch_max)] = 8
 
@@ -123,6 +131,7 @@ class JobSpec(SpecPart, frozen=True, kw_only=True):
     data: File
     base_model: Annotated[str, Meta(max_length=limits.text_chars_max)] | None = None  # none: the only served one
     lora: LoraSpec = LoraSpec()
+    init_from: Annotated[str, Meta(max_length=limits.text_chars_max)] | None = None  # tinker://...: the first weights
     optimizer: Optimizer = Optimizer()
     seed: Seed = 0  # of the data's order, and of the samples
     keep: Literal["last", "best"] = "last"  # the version whose adapter the job publishes
@@ -141,7 +150,8 @@ class JobSpec(SpecPart, frozen=True, kw_only=True):
 class RlJob(JobSpec, frozen=True, kw_only=True):
     kind: Literal["rl"]
     steps: Count
-    reward: Any  # knapper.rewards.spec
+    reward: Any = None  # knapper.rewards.spec
+    environment: EnvironmentSpec | None = None  # one of the two
     batch: RlBatch = RlBatch()
     sampling: SamplingSpec = SamplingSpec()
     loss: LossName = LossName()
@@ -151,6 +161,8 @@ class RlJob(JobSpec, frozen=True, kw_only=True):
     evaluate: RlEvaluate | None = None
 
     def _more_files(self) -> list[str]:
+        if self.environment is not None:
+            return [*super()._more_files(), self.environment.code]
         return [*super()._more_files(), *rewards.names(self.reward)]
 
 
@@ -254,11 +266,21 @@ def _check(job: AnyJob) -> None:
     if isinstance(job, RlJob | EpisodesJob):
         _check_loss(job.loss)
     if isinstance(job, RlJob):
-        rewards.names(job.reward)
+        _check_worth(job)
         return
     if (job.steps is None) == (job.epochs is None):
         value = "both" if job.steps is not None else None
         raise InvalidField("steps", value, "one of `steps:` and `epochs:`")
+
+
+def _check_worth(job: RlJob) -> None:
+    if job.environment is None:
+        if job.reward is None:
+            raise InvalidField("reward", None, "`reward:`, or `environment:` for rollouts of several turns")
+        rewards.names(job.reward)
+    elif job.reward is not None:
+        todo = "Add what it is worth to the rewards that the environment's `step` gives"
+        raise InvalidField("reward", "there", "none beside `environment:`, whose rewards count", todo)
 
 
 def _check_warmup(optimizer: Optimizer, steps: int | None) -> None:

@@ -31,9 +31,7 @@ async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tup
     """The work loaded once for all rollouts. Raises UserError."""
     match term:
         case Code():
-            code = files[term.code]
-            key = hashlib.sha256(code.encode()).hexdigest()
-            return (_TASKS, *await sandbox.loaded.get(key, lambda: _loaded(term.code, code, sandbox)))
+            return (_TASKS, *await loadable(term.code, files[term.code], sandbox))
         case Maths():
             return (_EQUATIONS,)
         case JsonSchema():
@@ -43,6 +41,12 @@ async def imports(term: Term, files: Mapping[str, str], sandbox: Sandbox) -> tup
         case PythonTests():
             return (_PROGRAMS,)
     return (_TASKS,)
+
+
+async def loadable(name: str, code: str, sandbox: Sandbox) -> tuple[str, ...]:
+    """What the code imports, as far as a cell could load it. Raises UserError."""
+    key = hashlib.sha256(code.encode()).hexdigest()
+    return await sandbox.loaded.get(key, lambda: _loaded(name, code, sandbox))
 
 
 async def _loaded(name: str, code: str, sandbox: Sandbox) -> tuple[str, ...]:
@@ -145,6 +149,11 @@ async def _judged(
             await _value(*own, preload=preload, sandbox=sandbox)
         return SandboxResult(0.0, str(error))
     return SandboxResult(_number(_checked(result)), str(result.get("reason", "")))
+
+
+async def result_of(*orders: Order, sandbox: Sandbox, preload: tuple[str, ...] = ()) -> Any:
+    """What the last order's task gives as its value. Raises UserError with the reason where it gives none."""
+    return await _value(*orders, preload=preload, sandbox=sandbox)
 
 
 async def _value(*orders: Order, sandbox: Sandbox, preload: tuple[str, ...] = (), sealed: bool = True) -> Any:

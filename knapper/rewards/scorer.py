@@ -1,6 +1,5 @@
 """Scores rollouts: a finite number for each, and the value of each term of the reward. Anything else is an error."""
 
-import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from knapper import limits
+from knapper.concurrency.tasks import together
 from knapper.errors import UserError
 from knapper.rewards import plain, sandboxed
 from knapper.rewards.rollouts import ScorableRollout
@@ -99,13 +99,7 @@ async def _values(
         with _named(rollout):
             return await _value(term, rollout, reward, preload, sandbox)
 
-    tasks = [asyncio.ensure_future(one(rollout)) for rollout in rollouts]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:  # one failed, or the caller left: the others are useless
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await together(one(rollout) for rollout in rollouts)
 
 
 async def _value(

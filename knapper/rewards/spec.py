@@ -222,7 +222,11 @@ def _check_schema(name: str, text: str) -> None:
 def _text(name: str, files: Mapping[str, bytes]) -> str:
     if name not in files:
         raise InvalidField("reward", name, f"a file that was sent: {', '.join(files) or 'there is none'}")
-    content = files[name]
+    return text_of(name, files[name])
+
+
+def text_of(name: str, content: bytes) -> str:
+    """The text of a file. Raises UserError for one that is too long, or not in UTF-8."""
     if len(content) > limits.reward_file_bytes_max:
         raise UserError(f"{name} has {len(content)} bytes; allowed: at most {limits.reward_file_bytes_max}")
     try:

@@ -166,12 +166,16 @@ class Sandbox:
             "parent": os.getpid(),
         }
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-s", "-S", "-P", os.fspath(_WARDEN), json.dumps(config),
-                env=_ENVIRONMENT, cwd="/", stdin=theirs.fileno(), stdout=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )  # fmt: skip
-        reader, writer = await asyncio.open_connection(sock=ours)
+            reader, writer = await asyncio.open_connection(sock=ours)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-s", "-S", "-P", os.fspath(_WARDEN), json.dumps(config),
+                    env=_ENVIRONMENT, cwd="/", stdin=theirs.fileno(), stdout=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # fmt: skip
+            except BaseException:  # whoever waited is gone, or no process can be started
+                writer.close()
+                raise
         warden = _Warden(process, reader, writer, "")
         self._all.add(warden)
         try:

@@ -19,7 +19,18 @@ from knapper.state.damage import ERRORS
 from knapper.state.dead_letters import DeadLetter
 from knapper.state.drawn_samples import DrawnSamples
 from knapper.state.gc.uses import SamplersInUse
-from knapper.state.job_records import Control, Evaluated, Refusal, Rollouts, Scores, Started, Trained, Waiting
+from knapper.state.job_records import (
+    Control,
+    EnvironmentAnswers,
+    Evaluated,
+    Refusal,
+    Rollouts,
+    SampledTurns,
+    Scores,
+    Started,
+    Trained,
+    Waiting,
+)
 from knapper.state.journal import bundles
 from knapper.state.journal.accept import decode_creation
 from knapper.state.journal.records import Alarm, Commit, End, Index, Manifest, Operation, Record, decode
@@ -59,8 +70,9 @@ Holds = type[Record] | Empty | BundlePart | NamedByHash | SecretOrBare
 
 _RECORDS: Final[tuple[type[Record], ...]] = (
     Alarm, Assignment, CapturedTurn, Checkpoint, Commit, Control, DeadLetter, DrawnSamples, End, Entry,
-    EpisodeScore, Evaluated, Finish, Index, Key, Manifest, ModelRecord, Operation, ProbeResult, Quotas, Refusal,
-    Rollouts, Sampler, SamplersInUse, Samplings, Scores, Session, Started, Trained, Waiting,
+    EnvironmentAnswers, EpisodeScore, Evaluated, Finish, Index, Key, Manifest, ModelRecord, Operation, ProbeResult,
+    Quotas, Refusal, Rollouts, SampledTurns, Sampler, SamplersInUse, Samplings, Scores, Session, Started, Trained,
+    Waiting,
 )  # fmt: skip
 _HELD: Final[dict[str, Holds]] = {
     layout.EMPTY: Empty(), layout.PART: BundlePart(), layout.NAMED_BY_HASH: NamedByHash(),

@@ -9,8 +9,27 @@ from knapper.state.journal.records import Drawn, Record, decode, encode
 from knapper.store import Store
 
 __all__ = [
-    "Control", "Evaluated", "Record", "Refusal", "Rollout", "Rollouts", "Score", "Scores", "Spent", "Started", "State",
-    "Trained", "Waiting", "decode", "encode", "read",
+    "Control",
+    "EnvironmentAnswer",
+    "EnvironmentAnswers",
+    "Evaluated",
+    "Record",
+    "Refusal",
+    "Rollout",
+    "RolloutTurn",
+    "Rollouts",
+    "SampledTurn",
+    "SampledTurns",
+    "Score",
+    "Scores",
+    "Spent",
+    "Started",
+    "State",
+    "Trained",
+    "Waiting",
+    "decode",
+    "encode",
+    "read",
 ]  # fmt: skip
 
 State = Literal["running", "cancelled", "failed", "completed", "deleted"]
@@ -19,7 +38,7 @@ State = Literal["running", "cancelled", "failed", "completed", "deleted"]
 class Started(Record, frozen=True, kw_only=True):
     """The complete job specification: everything later is a function of this and of the files."""
 
-    v: int = 2  # 1 had no generations
+    v: int = 3  # 1 had no generations, 2 no source
     tenant: str
     job: str
     start: str
@@ -34,6 +53,7 @@ class Started(Record, frozen=True, kw_only=True):
     held_out: int  # of `evaluate.data`
     started_at: float
     generations: dict[str, str] = {}  # of job.yaml and the files, in the exchange
+    source: str = ""  # the bundle whose weights the adapter begins with; empty: they are drawn from lora.seed
 
 
 class Waiting(Record, frozen=True, kw_only=True):
@@ -57,20 +77,40 @@ class Control(Record, frozen=True, kw_only=True):
     at: float
 
 
+class RolloutTurn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was sampled in a turn, and what the environment said to it. `messages`: JSON, empty if it said nothing."""
+
+    completion: str
+    messages: bytes = b""
+    reward: float = 0.0
+
+
 class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One completion: `tokens` int32, `logprobs` float32, little-endian."""
+    """One completion, or the episode of several turns: `tokens` int32, `logprobs` float32, little-endian.
+
+    `sampled`: [first, end) of each turn in `tokens`, between which the environment speaks, with log-probabilities of 0;
+    empty: all are sampled. `ended`: by whom an episode ended: the environment (`done`), the limit of its `turns`, or
+    the model's `context`; empty: it has no environment, or it was refused.
+    """
 
     id: str
     tokens: bytes
     logprobs: bytes
-    text: str  # without the stop sequence
+    text: str  # without the stop sequence; of an episode its last turn
     stopped: bool
+    sampled: list[tuple[int, int]] = []
+    turns: list[RolloutTurn] = []
+    ended: str = ""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(end - first for first, end in self.sampled) if self.turns else len(self.tokens) // 4
 
 
 class Rollouts(Record, frozen=True, kw_only=True):
     """All completions of one prompt of a round. `drawn`: by which weights; None where that is not known."""
 
-    v: int = 3  # 1 had no device_s, 2 no drawn
+    v: int = 4  # 1 had no device_s, 2 no drawn, 3 no turns
     row: int
     prompt_tokens: bytes  # int32, little-endian
     rollouts: list[Rollout]
@@ -78,6 +118,12 @@ class Rollouts(Record, frozen=True, kw_only=True):
     ended_at: float
     device_s: float = 0.0  # of the device, for all of them
     drawn: Drawn | None = None
+    prefilled: int = 0  # tokens of the prompts of all turns; 0: there is one turn
+    busy: list[tuple[float, float]] = []  # (begin, end) of each turn; empty: there is one
+
+    @property
+    def worked(self) -> list[tuple[float, float]]:
+        return self.busy or [(self.began_at, self.ended_at)]
 
     @property
     def prompt(self) -> list[int]:
@@ -93,9 +139,62 @@ class Score(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Scores(Record, frozen=True, kw_only=True):
     """Scores of one prompt's rollouts, in their order. `refused`: why the group has none."""
 
-    v: int = 2  # scores have reasons
+    v: int = 3  # 1 had no reasons, 2 no busy
     scores: list[Score]
     refused: str = ""
+    began_at: float
+    ended_at: float
+    busy: list[tuple[float, float]] = []  # (begin, end) of each answer of environments; empty: there is none
+
+    @property
+    def worked(self) -> list[tuple[float, float]]:
+        return self.busy or [(self.began_at, self.ended_at)]
+
+
+class SampledTurn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn of one rollout: `tokens` int32, `logprobs` float32, little-endian.
+
+    `prompt`: the tokens between what was sampled before and this, int32. `message`: what was sampled, as the
+    environment hears it, JSON. `overflows`: the prompt does not fit the context, and nothing was sampled.
+    """
+
+    prompt: bytes
+    tokens: bytes = b""
+    logprobs: bytes = b""
+    text: str = ""
+    message: bytes = b""
+    stopped: bool = False
+    overflows: bool = False
+
+
+class SampledTurns(Record, frozen=True, kw_only=True):
+    """What all rollouts of one prompt sampled in one turn; None where the episode was over."""
+
+    turns: list[SampledTurn | None]
+    began_at: float
+    ended_at: float
+    device_s: float = 0.0  # of the device, for all of them
+    drawn: Drawn
+
+
+class EnvironmentAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an environment said. `messages`: JSON, a text or a list; `digest`: of all of it, to compare replays by."""
+
+    messages: bytes
+    reward: float = 0.0
+    done: bool = False
+    digest: str
+
+
+class EnvironmentAnswers(Record, frozen=True, kw_only=True):
+    """What the environments of one prompt's rollouts said before a turn; None where the episode was over before.
+
+    `tools`: JSON, in the first of them.
+    """
+
+    row: int
+    answers: list[EnvironmentAnswer | None]
+    tools: bytes = b""
     began_at: float
     ended_at: float
 

@@ -90,8 +90,18 @@ class ObjectKind(Enum):
     JOB_CONTROL = ("jobs/<tenant>/<job>/<start>/control/<n>", "Control", "jobs.control")
     JOB_REFUSAL = ("jobs/<tenant>/<job>/<start>/refused/<n>", "Refusal", "jobs.inbox")
     JOB_FILE = ("jobs/<tenant>/<job>/<start>/files/<sha256>", NAMED_BY_HASH, "jobs.inbox")
-    JOB_ROLLOUTS = ("jobs/<tenant>/<job>/<start>/<round>/<n>/rollouts/<n>", "Rollouts", "jobs.rollouts")
-    JOB_SCORES = ("jobs/<tenant>/<job>/<start>/<round>/<n>/scores/<n>", "Scores", "jobs.scores")
+    JOB_ROLLOUTS = (
+        "jobs/<tenant>/<job>/<start>/<round>/<n>/rollouts/<n>",
+        "Rollouts",
+        "jobs.rollouts, jobs.environments",
+    )
+    JOB_TURN = ("jobs/<tenant>/<job>/<start>/<round>/<n>/turns/<n>/<n>", "SampledTurns", "jobs.turns")
+    JOB_ANSWERED = (
+        "jobs/<tenant>/<job>/<start>/<round>/<n>/answered/<n>/<n>",
+        "EnvironmentAnswers",
+        "jobs.environments",
+    )
+    JOB_SCORES = ("jobs/<tenant>/<job>/<start>/<round>/<n>/scores/<n>", "Scores", "jobs.scores, jobs.environments")
     JOB_TRAINED = ("jobs/<tenant>/<job>/<start>/<round>/<n>/trained", "Trained", "jobs.runner")
     JOB_EVALUATED = ("jobs/<tenant>/<job>/<start>/<round>/<n>/evaluated", "Evaluated", "jobs.runner")
     JOB_WORKING = ("working/<tenant>/<job>/<start>", EMPTY, "jobs.inbox, jobs.revive, gateway.jobs")

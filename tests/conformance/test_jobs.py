@@ -22,7 +22,7 @@ from tests.engine.tiny import tiny_model
 from tests.jobs.works import CHAT
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "jobs"
-KINDS = ("rl", "sft", "dpo")
+KINDS = ("rl", "sft", "dpo", "environment")
 # What makes the examples small, and what lets a tiny random model's completions differ in their worth.
 CHANGES = {
     "rl": [
@@ -30,6 +30,13 @@ CHANGES = {
         ("{prompts: 8, samples: 8}", "{prompts: 2, samples: 4}"),
         ("{max_tokens: 3,", "{max_tokens: 24, temperature: 2.0,"),
         ("{name: exact_match}", "{name: length, max: 10, slope: 60}"),
+        ("every: 4", "every: 2"),
+    ],
+    "environment": [
+        ("steps: 12", "steps: 2"),
+        ("{prompts: 8, samples: 8}", "{prompts: 2, samples: 4}"),
+        ("{max_tokens: 8}", "{max_tokens: 12, temperature: 2.0}"),
+        ("turns: 4", "turns: 2"),
         ("every: 4", "every: 2"),
     ],
     "sft": [("epochs: 15", "epochs: 4"), ("every: 5", "every: 2")],
@@ -56,8 +63,9 @@ def upload(server: Server) -> None:
             assert old in yaml, old
             yaml = yaml.replace(old, new)
         (inbox / "job.yaml").write_text(yaml)
-        for file in (EXAMPLES / kind).glob("*.jsonl"):
-            shutil.copy(file, inbox)
+        for file in (EXAMPLES / kind).iterdir():
+            if file.suffix in (".jsonl", ".py"):
+                shutil.copy(file, inbox)
 
 
 def ended(server: Server, beside: Iterator[object]) -> None:

@@ -11,6 +11,7 @@ _TRIAL: Final = "docs/cluster-trial.md"
 _OPERATING: Final = "docs/operating.md"
 _EVENTS: Final = "tests/test_events_page.py::test_examples_are_events"
 _REWARDS: Final = "tests/rewards/test_page.py::test_the_examples_of_a_job_are_rewards"
+_ENVIRONMENT: Final = "tests/jobs/test_environments.py::test_the_environment_of_the_page_plays"
 
 TESTS: Final = {
     ("docs/openai.md", "import base64"): "tests/conformance/test_images_in_chats.py::test_all_protocols_see_the_same",
@@ -100,6 +101,12 @@ TESTS: Final = {
     ("docs/rewards.md", "reward: {name: exact_match}"): _REWARDS,
     ("docs/rewards.md", "reward: {code: reward.py}"): _REWARDS,
     ("docs/rewards.md", "reward:  "): _REWARDS,
+    ("docs/rewards.md", "environment: {code: env.py"): _ENVIRONMENT,
+    ("docs/rewards.md", "import random"): _ENVIRONMENT,
+    (
+        "docs/jobs.md",
+        "init_from: tinker://RUN",
+    ): "tests/jobs/test_init_from.py::test_the_example_of_the_page_is_a_part_of_a_job",
 }
 
 NOT_RUN: Final = {

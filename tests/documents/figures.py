@@ -102,8 +102,8 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("209 MiB", _RUN), ("1,060 MiB", _RUN)
     ],
     "docs/rewards.md": [
-        ("256 MiB", "limits:sandbox_memory_bytes"), ("240 seconds", "limits:rewards_request_s"),
-        ("256 MiB", "limits:sandbox_memory_bytes"),
+        ("256 MiB", "limits:sandbox_memory_bytes"), ("64 KiB", "limits:sandbox_output_bytes_max"),
+        ("240 seconds", "limits:rewards_request_s"), ("256 MiB", "limits:sandbox_memory_bytes"),
     ],
     "docs/security.md": [
         ("30 s", "limits:poll_hold_s"), ("12 hours", "limits:console_session_s"), ("32 KiB", "limits:head_bytes_max"),

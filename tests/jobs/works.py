@@ -27,11 +27,12 @@ from knapper.errors import Fenced, KnapperError, Unavailable
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import control, inbox, revive
+from knapper.jobs import control, inbox, plays, revive
 from knapper.jobs.activity import Function
 from knapper.jobs.job_files import Folders
 from knapper.jobs.names import Start
 from knapper.jobs.notifications import Notifier
+from knapper.jobs.plays import EnvironmentCode, EpisodeSoFar, Played
 from knapper.jobs.revive import Seen
 from knapper.jobs.rollouts import RolloutSampler
 from knapper.jobs.run_client import Journal
@@ -43,6 +44,7 @@ from knapper.jobs.worker import Worker
 from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardScore
 from knapper.rewards.spec import Reward
+from knapper.sandbox.pool import Sandbox
 from knapper.serving.engine import StoredAdapters
 from knapper.serving.runs import ClaimedRuns
 from knapper.state.journal.holder import Holder
@@ -101,6 +103,7 @@ class Works:
         self.terms, self.prices = TERMS, prices
         self.house, self.malice, self.slice_s = house, malice, slice_s
         self.judge: Judge = variety
+        self.sandbox = Sandbox()  # for environments; a story that uses it closes it
         self.log: list[Event] = []
         self._die = random.Random(seed)
         self._queue: list[tuple[Function, Event]] = []
@@ -125,7 +128,7 @@ class Works:
         )
         house = self.house
         if name == "reward":
-            self._processes[name] = Scoring(worker, lambda *given: self.judge(*given)).answer
+            self._processes[name] = Scoring(worker, self._judge, self._play).answer
         elif name == "sample":
             adapters = StoredAdapters(self.store, house.config, torch.device("cpu"), torch.float32)
             sampler = EngineSampler(
@@ -144,6 +147,12 @@ class Works:
             claimed_runs = ClaimedRuns(self.store, machine, holder, self.clock)
             journal = Journal(self.store, claimed_runs, self.clock)
             self._processes[name] = Training(worker, journal, house.language, CONTEXT).answer
+
+    async def _judge(self, reward: Reward, rollouts: Sequence[ScorableRollout]) -> list[RewardScore]:
+        return await self.judge(reward, rollouts)
+
+    async def _play(self, code: EnvironmentCode, episode: EpisodeSoFar) -> Played:
+        return await plays.play(code, episode, self.sandbox)
 
     def restart(self, terms: Terms) -> None:
         """train_step begins anew, with other terms."""
@@ -247,6 +256,7 @@ def triggered(event: Event) -> list[Function]:
     after: dict[str, list[Function]] = {
         cloudevents.ROLLOUTS_SAMPLED: ["reward"],
         cloudevents.ROLLOUTS_SCORED: ["train_step"],
+        cloudevents.ROLLOUTS_ANSWERED: ["sample"],
     }
     return after.get(event.type, [])
 

@@ -25,7 +25,12 @@ class Trigger:
 
 TRIGGERS: Final = (
     Trigger(
-        "sample", ({"type": cloudevents.JOB_STARTED, "kind": "rl"}, {"type": cloudevents.ADAPTER_STEPPED, "kind": "rl"})
+        "sample",
+        (
+            {"type": cloudevents.JOB_STARTED, "kind": "rl"},
+            {"type": cloudevents.ADAPTER_STEPPED, "kind": "rl"},
+            {"type": cloudevents.ROLLOUTS_ANSWERED},
+        ),
     ),
     Trigger("reward", ({"type": cloudevents.ROLLOUTS_SAMPLED},)),
     Trigger(

@@ -23,7 +23,17 @@ from knapper.state.checkpoints import Checkpoint, Checkpoints
 from knapper.state.dead_letters import DeadLetter
 from knapper.state.drawn_samples import DrawnSamplesLog, DrawnTogether
 from knapper.state.gc.uses import SamplerUses
-from knapper.state.job_records import Evaluated, Rollouts, Scores, Spent, Trained, Waiting, encode
+from knapper.state.job_records import (
+    EnvironmentAnswers,
+    Evaluated,
+    Rollouts,
+    SampledTurns,
+    Scores,
+    Spent,
+    Trained,
+    Waiting,
+    encode,
+)
 from knapper.state.journal import bundles, ends
 from knapper.state.journal.records import Alarm, Commit, Drawn, End, Manifest, Result, Terms
 from knapper.state.probe_results import ProbeResult
@@ -165,6 +175,14 @@ async def _worked(store: Store, tenant: Tenant, runs: list[RunId], session: Sess
         await store.put_if_absent(start.evaluated(step), encode(evaluated))
         rollouts = Rollouts(row=0, prompt_tokens=b"\0" * 8, rollouts=[], **times)
         await store.put_if_absent(start.rollouts("steps", step, 0), encode(rollouts))
+        drawn = Drawn(
+            run="", seq=0, step=0, digest="", sampler="engine", temperature=1.0, truncated=False, datums=1
+        )  # fmt: skip
+        turn = SampledTurns(turns=[None], drawn=drawn, **times)
+        await store.put_if_absent(start.turn("steps", step, 0, 0), encode(turn))
+        await store.put_if_absent(
+            start.answered("steps", step, 0, 0), encode(EnvironmentAnswers(row=0, answers=[None], **times))
+        )
         await store.put_if_absent(start.scores("steps", step, 0), encode(Scores(scores=[], **times)))
     await store.put_if_absent(start.waiting, encode(Waiting(since=AT)))
 
