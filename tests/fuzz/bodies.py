@@ -135,6 +135,9 @@ def job(rng: Random) -> dict[str, Any]:
             "loss": {"name": "ppo", "clip_low_threshold": 0.8}, "reward": rng.choice(REWARDS)[0],
             "on_reward_error": "skip_group",
         }  # fmt: skip
+        if rng.random() < 0.3:
+            del job["reward"]
+            job["environment"] = {"code": "env.py", "turns": 2, "timeout_s": 1.0}
     elif job["kind"] == "sft":
         job |= {"batch": {"sequences": 1}, "loss_on": ["assistant"], "evaluate": {"data": "e.jsonl", "every": 1}}
     elif job["kind"] == "episodes":
@@ -182,6 +185,9 @@ REWARDS: list[tuple[Any, Any]] = [  # each with an answer that it can compare wi
 
 FILES = {
     "reward.py": "def reward(prompt, completion, answer):\n    return float(len(completion))\n",
+    "env.py": "class Environment:\n"
+    "    def reset(self, prompt, answer):\n        return prompt\n"
+    "    def step(self, message):\n        return [{'role': 'user', 'content': 'again'}], 1.0, False\n",
     "s.json": '{"type": "object", "required": ["a"]}',
     "t.sql": "create table t (a); insert into t values (1);",
 }
