@@ -182,7 +182,7 @@ class RolloutSampler:
             if not before:
                 first = prompts[min(prompts)] if prompts else (group.tokens(n), tokenizer.first(said, tools))
                 prompts[n] = first  # all have the same: their environments began alike
-                self._expect_prompt(len(first[1]), "what reset of the environment returns", job_round.capacity(self))
+                self._expect_prompt(len(first[1]), "what reset of the environment returns: the prompt", job_round.capacity(self))
             else:
                 prompts[n] = group.tokens(n), tokenizer.following(said, tools, before[-1].tokens)
         return prompts
@@ -191,7 +191,7 @@ class RolloutSampler:
         """Raises InvalidField for a prompt that does not fit."""
         if not 1 <= tokens <= capacity:
             raise InvalidField(
-                f"{what}: its length in tokens", tokens,
+                f"{what}'s length in tokens", tokens,
                 f"1 to {capacity}: the model's context is {self.context}, and sampling.max_tokens "
                 f"{self.context - capacity}", "Shorten the prompt, or lower sampling.max_tokens",
             )  # fmt: skip

@@ -223,7 +223,7 @@ def test_an_episode_that_outgrows_the_context_ends_there_with_what_it_has(house:
 
 def test_what_reset_says_must_fit_the_context(house: House) -> None:
     told = played(Works(house), {**FILES, "env.py": ENVIRONMENT.replace('f"say {self.wanted}"', '"x " * 400')})
-    assert told.startswith("failed: what reset of the environment returns: its length in tokens"), told
+    assert told.startswith("failed: what reset of the environment returns: the prompt's length in tokens"), told
     assert "1 to 506" in told
 
 

@@ -9,6 +9,7 @@ import msgspec
 import yaml
 
 from knapper import limits
+from knapper.jobs.spec import EnvironmentSpec
 from knapper.rewards import requests, spec
 from knapper.sandbox.pool import Sandbox
 from knapper.sandbox.syscalls import STAGES
@@ -27,9 +28,11 @@ def test_the_table_lists_every_named_reward_with_all_its_options() -> None:
 
 def test_the_examples_of_a_job_are_rewards() -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        spec.parse(yaml.safe_load(block)["reward"], {"reward.py": b""})
+    read = [yaml.safe_load(block) for block in blocks]
+    assert [next(iter(block)) for block in read] == ["reward", "reward", "reward", "environment"]
+    for block in read[:3]:
+        spec.parse(block["reward"], {"reward.py": b""})
+    msgspec.convert(read[3]["environment"], EnvironmentSpec)
 
 
 def test_the_example_of_a_request_is_answered_as_shown() -> None:
