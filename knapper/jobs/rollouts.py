@@ -182,7 +182,8 @@ class RolloutSampler:
             if not before:
                 first = prompts[min(prompts)] if prompts else (group.tokens(n), tokenizer.first(said, tools))
                 prompts[n] = first  # all have the same: their environments began alike
-                self._expect_prompt(len(first[1]), "what reset of the environment returns: the prompt", job_round.capacity(self))
+                what = "what reset of the environment returns: the prompt"
+                self._expect_prompt(len(first[1]), what, job_round.capacity(self))
             else:
                 prompts[n] = group.tokens(n), tokenizer.following(said, tools, before[-1].tokens)
         return prompts
