@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from gateway.openai import images
 from gateway.openai.chats import Chat
 from knapper import limits
+from knapper.catalogue import chat_images
 from knapper.catalogue.tool_fields import ToolName, call_as_template, use_of
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
@@ -84,7 +84,7 @@ class AnthropicMessage(_Strict, frozen=True, kw_only=True):
         if self.role == "assistant":
             return [self._called(at)]
         messages: list[AgentMessage] = []
-        own: list[images.Part] = []  # of a message that is not yet among them
+        own: list[chat_images.Part] = []  # of a message that is not yet among them
         for i, block in enumerate(self.content):
             place = f"{at}.content[{i}]"
             if isinstance(block, ToolUseBlock):
@@ -100,8 +100,8 @@ class AnthropicMessage(_Strict, frozen=True, kw_only=True):
             raise InvalidField(f"{at}.content", [], "at least one block")
         return messages
 
-    def _said(self, parts: list[images.Part]) -> list[AgentMessage]:
-        return [{"role": self.role, "content": images.content(parts, "\n")}] if parts else []
+    def _said(self, parts: list[chat_images.Part]) -> list[AgentMessage]:
+        return [{"role": self.role, "content": chat_images.content(parts, "\n")}] if parts else []
 
     def _called(self, at: str) -> AgentMessage:
         texts, calls = list[str](), list[dict[str, Any]]()
@@ -207,7 +207,7 @@ class CountRequest(_Strict, frozen=True, kw_only=True):
 
     def chat(self, params: types.SamplingParams) -> Chat:
         """Raises InvalidField."""
-        conversation, files = images.apart(self.conversation())
+        conversation, files = chat_images.apart(self.conversation())
         return Chat(self.model, conversation, params, self.tool_use(), self.answer(), images=files)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from starlette.requests import Request
 
 from gateway import bodies
-from gateway.openai import images, models
+from gateway.openai import models
 from gateway.openai.models import SampledModel
 from gateway.openai.samples import SampleOptions
 from gateway.services import services_of
 from gateway.tenants import tenant_of
+from knapper.catalogue import chat_images
 from knapper.catalogue.tool_calls import Calling
 from knapper.catalogue.tools import AgentMessage, ToolUse
 from knapper.wire import grammars
@@ -53,12 +54,12 @@ async def prepare(request: Request, body_bytes: int, chat: Chat) -> PreparedChat
     """The prompt and its options. Raises UserError for all that can be wrong with them, before anything starts."""
     gateway, tenant = services_of(request), tenant_of(request)
     model = await models.resolve(gateway, tenant, chat.model)
-    of_images = images.tokens_of(model, chat.images)
+    of_images = chat_images.tokens_of(model.record, chat.images)
     calling = Calling.of(await gateway.openai.languages.of(model.record), chat.use)
     grammar = await asyncio.to_thread(_grammar, calling, chat.answer)
     encode = partial(calling.prompt, chat.messages, gateway.clock(), chat.variables, model.record.context)
     prompt = await bodies.in_thread(request, body_bytes, encode)
-    prompt, seen = images.placed(prompt, of_images, chat.images)
+    prompt, seen = chat_images.placed(prompt, of_images, chat.images)
     params = replace(chat.params, stop_strings=(*chat.params.stop_strings, *calling.stops))
     return PreparedChat(
         model, calling, prompt, SampleOptions(params, chat.choices, chat.top, grammar=grammar, images=seen)

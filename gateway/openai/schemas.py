@@ -11,9 +11,9 @@ import msgspec
 from msgspec import Meta
 
 from gateway.openai.chats import Chat
-from gateway.openai.images import apart
 from gateway.openai.response_formats import ResponseFormat
 from knapper import limits
+from knapper.catalogue import chat_images
 from knapper.catalogue.tool_fields import AgentChatMessage, ChosenTool, ToolChoice, Tools, use_of
 from knapper.catalogue.tools import AgentMessage, ToolUse
 from knapper.errors import InvalidField
@@ -246,7 +246,7 @@ def completion(body: bytes) -> tuple[CompletionRequest, types.SamplingParams, li
 def chat(body: bytes) -> tuple[ChatRequest, Chat]:
     """(request without what the chat holds, chat). Raises UserError."""
     request = decode(body, ChatRequest)
-    conversation, images = apart(request.conversation())
+    conversation, images = chat_images.apart(request.conversation())
     asked = Chat(
         request.model,
         conversation,

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from gateway.openai import images
 from gateway.openai.chats import Chat
 from gateway.openai.response_formats import NamedSchema, ResponseFormat
 from knapper import limits
+from knapper.catalogue import chat_images
 from knapper.catalogue.tool_fields import ToolName, arguments_of, call_as_template, use_of
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
@@ -222,10 +222,10 @@ def _text(content: str | list[ItemPart], at: str) -> str:
 def _content(content: str | list[ItemPart], at: str) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
-    return images.content([_part(part, f"{at}[{i}]") for i, part in enumerate(content)])
+    return chat_images.content([_part(part, f"{at}[{i}]") for i, part in enumerate(content)])
 
 
-def _part(part: ItemPart, at: str) -> images.Part:
+def _part(part: ItemPart, at: str) -> chat_images.Part:
     if part.type in _TEXTS:
         return part.text
     if part.type != _IMAGE:
@@ -246,7 +246,7 @@ class ResponseOptions:
 def responses(body: bytes) -> tuple[Chat, ResponseOptions]:
     """Decoded in a worker process if the body is not small. Raises UserError."""
     request = json.decode(body, ResponsesRequest)
-    conversation, files = images.apart(request.conversation_of())
+    conversation, files = chat_images.apart(request.conversation_of())
     chat = Chat(request.model, conversation, request.params(), request.tool_use(), request.answer(), images=files)
     echoed = {
         "model": request.model, "instructions": request.instructions, "metadata": request.metadata or {},

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from gateway.openai import images
 from knapper import limits
+from knapper.catalogue import chat_images
 from knapper.catalogue.conversations import ChatMessage, MessagePart
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
@@ -88,7 +88,7 @@ class ImageUrl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class AgentMessagePart(MessagePart, frozen=True, kw_only=True):
     image_url: ImageUrl | None = None
 
-    def part(self, at: str) -> images.Part:
+    def part(self, at: str) -> chat_images.Part:
         """Raises InvalidField, TooLarge."""
         if self.type == "text":
             return self.text
@@ -114,7 +114,7 @@ class AgentChatMessage(ChatMessage, frozen=True, kw_only=True, forbid_unknown_fi
             content = ""
         message: dict[str, Any] = {**msgspec.structs.replace(self, tool_calls=None, content=content).message(at)}
         if seen:
-            message["content"] = images.content([part.part(f"{at}.content[{i}]") for i, part in enumerate(parts)])
+            message["content"] = chat_images.content([part.part(f"{at}.content[{i}]") for i, part in enumerate(parts)])
         if self.tool_call_id is not None and self.role != "tool":
             raise InvalidField(f"{at}.tool_call_id", self.tool_call_id, "none but in messages of the role tool")
         if self.tool_calls:

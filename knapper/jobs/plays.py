@@ -11,7 +11,7 @@ from msgspec import Meta
 from knapper import limits
 from knapper.catalogue.tool_fields import AgentChatMessage, FunctionTool, use_of
 from knapper.catalogue.tools import AgentMessage, Tool
-from knapper.errors import UserError
+from knapper.errors import InvalidField, UserError
 from knapper.rewards import sandboxed
 from knapper.rewards.scorer import RewardFailed
 from knapper.sandbox.pool import Order, Sandbox, SandboxMissing
@@ -98,7 +98,11 @@ def _checked(environment: EnvironmentCode, episode: EpisodeSoFar, value: object)
 def messages_of(sent: Sequence[object]) -> list[AgentMessage]:
     """As chat templates take them. Raises InvalidField."""
     read = json.shape(sent, list[AgentChatMessage], "messages")
-    return [each.agent_message(f"messages[{n}]") for n, each in enumerate(read)]
+    messages = [each.agent_message(f"messages[{n}]") for n, each in enumerate(read)]
+    for n, message in enumerate(messages):
+        if not isinstance(message["content"], str):
+            raise InvalidField(f"messages[{n}].content", "an image", "texts: jobs train on nothing else")
+    return messages
 
 
 def tools_of(sent: Sequence[object]) -> list[Tool]:

@@ -95,7 +95,7 @@ class ObjectKind(Enum):
         "Rollouts",
         "jobs.rollouts, jobs.environments",
     )
-    JOB_TURN = ("jobs/<tenant>/<job>/<start>/<round>/<n>/turns/<n>/<n>", "SampledTurns", "jobs.turns")
+    JOB_TURN = ("jobs/<tenant>/<job>/<start>/<round>/<n>/turns/<n>/<n>", "SampledTurns", "jobs.rollouts")
     JOB_ANSWERED = (
         "jobs/<tenant>/<job>/<start>/<round>/<n>/answered/<n>/<n>",
         "EnvironmentAnswers",

@@ -168,6 +168,8 @@ def test_whatever_happens_to_bells_and_processes_the_episodes_and_the_adapter_ar
     assert tokens[0] == tokens[1], "nothing is counted twice"
 
 
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+IMAGE = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}]
 WRONG = {
     "raises": ('        said = message["content"]\n', "        return int('seven')\n",
                "with base 10: 'seven' (env.py, line 9: return int('seven'))"),
@@ -185,6 +187,8 @@ WRONG = {
                      "turn 1: PermissionError"),
     "says a role that is none": ('[{"role": "user", "content": f"heard', '[{"role": 3, "content": f"heard',
                                  "messages[0].role"),
+    "shows an image": ('[{"role": "user", "content": f"heard', f'[{{"role": "user", "content": {IMAGE} or f"heard',
+                       "messages[0].content is 'an image'; allowed: texts"),
 }  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-from gateway.openai.models import SampledModel
 from knapper.catalogue.tools import AgentMessage
 from knapper.errors import InvalidField
+from knapper.state.model_record import ModelRecord
 from knapper.wire import prompts
 from knapper.wire.image_files import ImageFile
 from knapper.wire.image_tokens import ImageTokens
@@ -51,12 +51,12 @@ def apart(messages: Sequence[AgentMessage]) -> tuple[list[AgentMessage], tuple[I
     return plain, tuple(images)
 
 
-def tokens_of(model: SampledModel, images: Sequence[ImageFile]) -> ImageTokens | None:
+def tokens_of(model: ModelRecord, images: Sequence[ImageFile]) -> ImageTokens | None:
     """None without images. Raises InvalidField for a model that reads texts alone."""
-    if images and model.record.images is None:
+    if images and model.images is None:
         todo = "Models of images are dense Qwen3-VL with their preprocessor_config.json"
-        raise InvalidField(images[0].name, "an image", f"texts: {model.record.name} reads nothing else", todo)
-    return model.record.images if images else None
+        raise InvalidField(images[0].name, "an image", f"texts: {model.name} reads nothing else", todo)
+    return model.images if images else None
 
 
 def placed(
