@@ -7,12 +7,11 @@ nothing is tokenized again, whatever a chat template makes of earlier turns.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 import numpy as np
 
-from knapper.catalogue.tokenizer import Language
 from knapper.catalogue.tool_calls import Calling
 from knapper.catalogue.tools import AgentMessage, Tool, ToolCall, ToolUse
 from knapper.catalogue.tools_in_words import in_words
@@ -22,6 +21,9 @@ from knapper.jobs.names import Round, Start
 from knapper.state.job_records import EnvironmentAnswer, EnvironmentAnswers, Record, SampledTurn, SampledTurns, read
 from knapper.store import Store, many
 from knapper.wire.types import Int32, SampledSequence
+
+if TYPE_CHECKING:
+    from knapper.catalogue.tokenizer import Language  # reward reads the records of this module, and tokenizes nothing
 
 R = TypeVar("R", bound=Record)
 _MARK: Final = "what-the-model-said"  # in a conversation that shows what a template writes behind it
@@ -94,7 +96,7 @@ async def _read(store: Store, name: str, kind: type[R]) -> R:
 class TurnTokens:
     """Between tokens and messages. `now`: the date for chat templates, constant for a job."""
 
-    language: Language
+    language: "Language"
     now: float
     context: int
 
