@@ -12,6 +12,7 @@ import numpy as np
 from knapper.concurrency.tasks import together
 from knapper.errors import damaged
 from knapper.jobs import schedule
+from knapper.jobs.episode_groups import EpisodeGroup, read_group
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round
 from knapper.jobs.plays import EnvironmentCode, EpisodeSoFar, Played
@@ -19,7 +20,6 @@ from knapper.jobs.progress import RoundParts
 from knapper.jobs.rows import RlRow
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import EnvironmentSpec, RlJob
-from knapper.jobs.turns import EpisodeGroup, read_group
 from knapper.rewards import spec
 from knapper.rewards.scorer import RewardFailed
 from knapper.state.job_records import (

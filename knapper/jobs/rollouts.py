@@ -19,13 +19,14 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.ids import TinkerPath
 from knapper.jobs import progress, schedule
+from knapper.jobs.episode_groups import EpisodeGroup, read_group
 from knapper.jobs.job_files import Folder
 from knapper.jobs.names import Round, step_name
 from knapper.jobs.progress import ProgressReader, RoundParts
 from knapper.jobs.rows import RlRow
 from knapper.jobs.spec import EnvironmentSpec, RlJob
 from knapper.jobs.tokenized_rows import RowTokenizer
-from knapper.jobs.turns import EpisodeGroup, TurnTokens, read_group, sampled_turn
+from knapper.jobs.turns import TurnTokens, sampled_turn
 from knapper.jobs.worker import Slice, SliceOver, Worker
 from knapper.state.checkpoints import Checkpoints
 from knapper.state.job_records import Rollout, Rollouts, SampledTurn, SampledTurns, encode
