@@ -17,6 +17,7 @@ KNATIVE_MIN: Final = (1, 22)  # the manifests were checked against it
 KUBERNETES_MIN: Final = (1, 34)  # what that Knative asks for
 _BY_OPERATOR: Final = "kubectl apply --server-side -k knative/cluster/operator"
 _BY_HAND: Final = "kubectl apply -f the files of that release, as docs/cluster-trial.md has them (step 1)"
+_NODES_TO_DRAIN: Final = 2  # where there is one, its pods have nowhere to go
 _MANAGED: Final = "-gke|-eks"  # their makers mend them for longer, and upgrade them
 _FUSE_FIXED: Final = {36: (5, 1032000), 37: (1, 1552000)}  # minor version of GKE -> (patch, build)
 _KINDS = {
@@ -161,9 +162,32 @@ def shared_twice(target: DoctorTarget) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def evictions(target: DoctorTarget) -> Iterator[Finding]:
+    """Nodes can be drained and removed: no budget of Knative's keeps a pod where it is while all are healthy.
+
+    As it comes, Knative wants 80 % of the replicas to stay, and has one of each (knative/serving issue 9990).
+    """
+    if len(target.api.list("v1", "Node")) < _NODES_TO_DRAIN:
+        return
+    for namespace in ("knative-serving", "kourier-system", "knative-eventing"):
+        for budget in target.api.list("policy/v1", "PodDisruptionBudget", namespace):
+            name, seen = budget["metadata"]["name"], budget.get("status", {})
+            expected = seen.get("expectedPods", 0)
+            if not expected or seen.get("currentHealthy", 0) < expected:  # something else is wrong, and said elsewhere
+                continue
+            about = f"PodDisruptionBudget {name}"
+            if seen.get("disruptionsAllowed", 0):
+                yield Finding(about, "good", "lets a pod move")
+                continue
+            patch = '{"spec": {"minAvailable": null, "maxUnavailable": 1}}'
+            by_hand = f"kubectl patch pdb {name} -n {namespace} --type merge -p '{patch}'"
+            remedy = _BY_OPERATOR if _operated(target) else by_hand
+            yield Finding(about, "wrong", "lets no pod move: its node cannot be drained, upgraded or removed", remedy)
+
+
 def configuration(root: Path) -> list[Object]:
     """The patches of Knative's own ConfigMaps; `root` holds knative/."""
     return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((root / CONFIGURATION).glob("*.yaml"))]
 
 
-CHECKS: Final = (versions, kinds, flags, lost_keys, fuse, shared_twice)
+CHECKS: Final = (versions, kinds, flags, lost_keys, fuse, shared_twice, evictions)

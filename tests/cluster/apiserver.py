@@ -32,6 +32,7 @@ BUILT_IN: Final[dict[tuple[str, str], tuple[str, bool]]] = {
     ("/apis/apps/v1", "Deployment"): ("deployments", True),
     ("/apis/authorization.k8s.io/v1", "SelfSubjectAccessReview"): ("selfsubjectaccessreviews", False),
     ("/apis/networking.k8s.io/v1", "NetworkPolicy"): ("networkpolicies", True),
+    ("/apis/policy/v1", "PodDisruptionBudget"): ("poddisruptionbudgets", True),
     ("/apis/resource.k8s.io/v1", "ResourceSlice"): ("resourceslices", False),
 }
 # What Knative's CRDs say: plural and group, and kind.

@@ -5,25 +5,32 @@ ConfigMaps are mounted as files, an emulator holds the buckets, and the Broker k
 (knapper/local/broker), with duplicates, losses and reordering where a seed is given.
 """
 
+import copy
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import msgspec
 
-from knapper.cluster.kustomize import Object
+from knapper.catalogue.servable import record_of
+from knapper.cluster.kustomize import Object, identity
+from knapper.cluster.model import Wanted
+from knapper.cluster.model import objects as add
 from tests.images.dockerfile import Image, lay_out
 from tests.manifests.rendering import find, services
 
 _START_S = 90.0
+MODEL = "example/tiny"
 BROKER = "broker-ingress.knative-eventing.svc.cluster.local/knapper/knapper"
 GATEWAY = "gateway.knapper.svc.cluster.local"
 
@@ -58,6 +65,36 @@ class Container:
         return self.log.read_text(errors="replace")
 
 
+def overlay(model: Path, manifests: Sequence[Object]) -> list[Object]:
+    """An overlay as it is, with `knapper deploy add` in the place of the model that the images would carry."""
+    local = copy.deepcopy(list(manifests))
+    record = msgspec.structs.replace(
+        record_of(model, MODEL, dtype="float32", train_step_url="", sample_url=""),
+        directory="/srv/models/example--tiny", tokenizer_id=MODEL,
+    )  # fmt: skip
+    *added, entry = add(local, Wanted(record, accelerator=""))
+    kept = [thing for thing in local if thing["metadata"]["name"] not in ("train-step", "sample")]
+    for thing in kept:
+        if thing["kind"] == "ConfigMap" and thing["metadata"]["name"] == "knapper-models":
+            thing["data"] = entry["data"]
+    assert len({identity(thing) for thing in [*kept, *added]}) == len(kept) + len(added)
+    return [*kept, *added]
+
+
+def command_line(container: Object, image: Image) -> list[str]:
+    """What Kubernetes starts: the manifest's command in the place of the image's entry point, and its arguments."""
+    return [*container.get("command", image.entrypoint), *container.get("args", [])]
+
+
+def subscriber(objects: list[Object], role: str) -> str:
+    """Where the events of train-step, sample or reward go, by the names of the cluster."""
+    (where,) = [
+        each["spec"]["subscriber"] for each in objects
+        if each["kind"] == "Trigger" and re.fullmatch(f"{role}(-[0-9a-f]{{8}})?", each["metadata"]["name"])
+    ]  # fmt: skip
+    return f"http://{where['ref']['name']}.knapper.svc.cluster.local{where.get('uri', '')}"
+
+
 @dataclass(frozen=True)
 class House:
     """Everything of one overlay. `ports` by service."""
@@ -87,12 +124,9 @@ class House:
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1", "KNAPPER_THREADS": "1",
         }  # fmt: skip
         (root / "tmp").mkdir()
-        command = self._command(image, name)
-        return Container(name, command, environment, root, self.root / f"{name}.log")
-
-    def _command(self, image: Image, name: str) -> list[str]:
         given = {"8080": str(self.ports[name]), "0.0.0.0": "127.0.0.1"}
-        return [given.get(word, word) for word in image.entrypoint]
+        command = [given.get(word, self._outside(word, inside)) for word in command_line(spec, image)]
+        return Container(name, command, environment, root, self.root / f"{name}.log")
 
     def _environment(self, service: Object, spec: Object) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -125,6 +159,25 @@ class House:
             value = value.replace(path, str(place))
         return value
 
+    def broker(self, gateway: Mapping[str, str], faults: str) -> Container:
+        """It sends where the overlay's Triggers do; a test compares what they send. `gateway`: its environment."""
+        environment = {
+            "PATH": os.environ["PATH"], "HOME": str(self.root), "PYTHONPATH": gateway["PYTHONPATH"],
+            "KNAPPER_DATA": str(self.root / "broker"), "KNAPPER_EXCHANGE": "gs://knapper",
+            "KNAPPER_FAULT_INJECTION_SEED": faults,
+            "KNAPPER_GATEWAY_URL": f"http://127.0.0.1:{self.ports['gateway']}",
+        }  # fmt: skip
+        for role in ("train-step", "sample", "reward"):
+            url = self._outside(subscriber(self.objects, role), {})
+            environment[f"KNAPPER_{role.upper().replace('-', '_')}_URL"] = url
+        for name in ("KNAPPER_STORE", "STORAGE_EMULATOR_HOST"):  # by the store's key it knows whose events it takes
+            environment[name] = gateway[name]
+        command = [
+            sys.executable, "-P", "-m", "uvicorn", "knapper.local.broker.main:app", "--host", "127.0.0.1",
+            "--port", str(self.ports["broker"]), "--lifespan", "on", "--log-level", "warning",
+        ]  # fmt: skip
+        return Container("broker", command, environment, self.root, self.root / "broker.log")
+
 
 @contextmanager
 def running(
@@ -141,7 +194,7 @@ def running(
     for container in containers.values():
         container.environment["KNAPPER_TRACES"] = traces
     containers["gateway"].environment["KNAPPER_JOB_STALLED_S"] = "3"  # not a minute: bells get lost
-    containers["broker"] = _broker(containers, ports, root, faults)
+    containers["broker"] = house.broker(containers["gateway"].environment, faults)
     with ExitStack() as stack:
         for container in containers.values():
             container.start()
@@ -149,31 +202,6 @@ def running(
         for name, container in containers.items():
             _await(container, ports[name])
         yield containers, ports
-
-
-def _broker(containers: Mapping[str, Container], ports: Mapping[str, int], root: Path, faults: str) -> Container:
-    """The subscribers are those of the Triggers that the overlay has: the test compares the two tables."""
-    train_step = next(name for name in ports if name.startswith("train-step"))
-    sample = next(name for name in ports if name.startswith("sample"))
-    environment = {
-        "PATH": os.environ["PATH"], "HOME": str(root), "PYTHONPATH": containers["gateway"].environment["PYTHONPATH"],
-        "KNAPPER_DATA": str(root / "broker"), "KNAPPER_EXCHANGE": "gs://knapper",
-        "KNAPPER_FAULT_INJECTION_SEED": faults,
-        "KNAPPER_TRAIN_STEP_URL": f"http://127.0.0.1:{ports[train_step]}",
-        "KNAPPER_SAMPLE_URL": f"http://127.0.0.1:{ports[sample]}",
-        "KNAPPER_REWARD_URL": f"http://127.0.0.1:{ports['reward']}",
-        "KNAPPER_GATEWAY_URL": f"http://127.0.0.1:{ports['gateway']}",
-    }  # fmt: skip
-    for name in (
-        "KNAPPER_STORE",
-        "STORAGE_EMULATOR_HOST",
-    ):  # it knows whose events it takes by the key of the functions
-        environment[name] = containers["gateway"].environment[name]
-    command = [
-        sys.executable, "-P", "-m", "uvicorn", "knapper.local.broker.main:app", "--host", "127.0.0.1",
-        "--port", str(ports["broker"]), "--lifespan", "on", "--log-level", "warning",
-    ]  # fmt: skip
-    return Container("broker", command, environment, root, root / "broker.log")
 
 
 def _await(container: Container, port: int) -> None:

@@ -1,4 +1,4 @@
-"""The local overlay in what a pod has: `unshare -n -m python -m tests.cluster.pods MODELS EMULATOR ROOT`, as root.
+"""An overlay in what a pod has: `unshare -n -m python -m tests.cluster.pods OVERLAY MODELS EMULATOR ROOT`, as root.
 
 Each container gets an address of its own and listens on port 8080 of it, the cluster's names of the services (at port
 80, where a plain relay stands for Knative's ingress), a root file system that is read-only but for its emptyDirs, uid
@@ -19,11 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from knapper.cluster.kustomize import Object
+from knapper.cluster.kustomize import Object, render
+from tests.cluster.containers import command_line, subscriber
 from tests.cluster.page import file
 from tests.images.dockerfile import lay_out
 from tests.manifests.rendering import ROOT as CHECKOUT
-from tests.manifests.rendering import find, rendered, services
+from tests.manifests.rendering import find, services
 
 NOBODY = ["/usr/bin/setpriv", "--reuid", "65532", "--regid", "65532", "--clear-groups", "--inh-caps=-all",
           "--bounding-set=-all", "--no-new-privs"]  # fmt: skip
@@ -117,7 +118,8 @@ class Pod:
         lines += [f"mount -t proc proc {root}/proc", f"mount -t tmpfs -o mode=755 tmpfs {root}/dev"]
         for device in ("null", "zero", "random", "urandom"):
             lines += [f"touch {root}/dev/{device}", f"mount --bind /dev/{device} {root}/dev/{device}"]
-        lines += [f"mount -t tmpfs -o mode=1777 tmpfs {root}{place}" for place in self.writable]
+        for place in self.writable:  # some are below others, or below /dev
+            lines += [f"mkdir -p {root}{place}", f"mount -t tmpfs -o mode=1777 tmpfs {root}{place}"]
         lines += [f"mount -o remount,bind,ro {root}", "ip link set lo up"]
         lines += [f"echo ready >&{ready}", f"read -u {go}"]
         lines += [f"ip addr add {self.address}/16 dev eth0; ip link set eth0 up"]
@@ -165,7 +167,7 @@ def service_pod(objects: list[Object], service: Object, address: str, models: Pa
     environment |= {"PORT": "8080", "K_SERVICE": name, "K_CONFIGURATION": name, "K_REVISION": f"{name}-00001"}
     environment |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": f"{name}-00001-deployment-0"}
     writable = [place for place, volume in mounts.items() if "emptyDir" in volume]
-    return Pod(name, address, root, image.entrypoint, environment, writable)
+    return Pod(name, address, root, command_line(container, image), environment, sorted(writable))
 
 
 def emulator_pod(objects: list[Object], address: str, emulator: Path, root: Path) -> Pod:
@@ -184,8 +186,8 @@ def curl(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def main(models: Path, emulator: Path, root: Path) -> None:
-    objects = rendered("overlays/local")
+def main(overlay: Path, models: Path, emulator: Path, root: Path) -> None:
+    objects = render(overlay)
     by_name = {service["metadata"]["name"]: service for service in services(objects)}
     names = [*by_name, "store-emulator"]
     addresses = {name: f"10.9.2.{number + 1}" for number, name in enumerate(names)}
@@ -205,8 +207,9 @@ def main(models: Path, emulator: Path, root: Path) -> None:
     relays.append(f"{doors['store-emulator']},4443,{addresses['store-emulator']},4443")
     (root / "broker_app.py").write_text(BROKER_APP)
     heard = {
-        f"KNAPPER_{name.upper().replace('-', '_')}_URL": f"http://{name}.knapper.svc.cluster.local" for name in by_name
-    }
+        f"KNAPPER_{name.upper().replace('-', '_')}_URL": subscriber(objects, name)
+        for name in ("train-step", "sample", "reward")
+    } | {"KNAPPER_GATEWAY_URL": "http://gateway.knapper.svc.cluster.local"}
     broker_environment = {
         "PATH": os.environ["PATH"], "PYTHONPATH": f"{CHECKOUT}:{root}", "KNAPPER_DATA": str(root / "broker"),
         "KNAPPER_EXCHANGE": "gs://knapper", **heard,
@@ -290,4 +293,4 @@ JOB = {
 }
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    main(*map(Path, sys.argv[1:5]))

@@ -1,7 +1,6 @@
 """What is applied to a cluster works when each container's command line runs with the environment that it gets."""
 
 import contextlib
-import copy
 import gc
 import json
 import re
@@ -13,16 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import msgspec
 import pytest
 import tinker
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from knapper.catalogue.servable import record_of
-from knapper.cluster.kustomize import Object, identity
-from knapper.cluster.model import Wanted, objects
 from knapper.local.broker.triggers import TRIGGERS
-from tests.cluster.containers import Container, download, running, upload
+from tests.cluster.containers import MODEL, Container, download, overlay, running, upload
 from tests.cluster.page import file
 from tests.conformance.conftest import NewClient, NewService
 from tests.conformance.server import wait_until
@@ -94,24 +89,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
 ]
 
-MODEL = "example/tiny"
-
-
-def overlay(model: Path) -> list[Object]:
-    """The local overlay as it is, with `knapper deploy add` in the place of the model that the images would carry."""
-    local = copy.deepcopy(rendered("overlays/local"))
-    record = msgspec.structs.replace(
-        record_of(model, MODEL, dtype="float32", train_step_url="", sample_url=""),
-        directory="/srv/models/example--tiny", tokenizer_id=MODEL,
-    )  # fmt: skip
-    *added, entry = objects(local, Wanted(record, accelerator=""))
-    kept = [thing for thing in local if thing["metadata"]["name"] not in ("train-step", "sample")]
-    for thing in kept:
-        if thing["kind"] == "ConfigMap" and thing["metadata"]["name"] == "knapper-models":
-            thing["data"] = entry["data"]
-    assert len({identity(thing) for thing in [*kept, *added]}) == len(kept) + len(added)
-    return [*kept, *added]
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -128,12 +105,13 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
     root = tmp_path_factory.mktemp("cluster")
     model = tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     (model / "chat_template.jinja").write_text(CHAT)
+    objects = overlay(model, rendered("overlays/local"))
     with emulator_running(root / "emulator.log") as emulator:
         answer = httpx.post(f"{emulator.url}/storage/v1/b", json={"name": "knapper"}, trust_env=False)
         answer.raise_for_status()
         with (
             collecting() as (collector, heard),
-            running(overlay(model), model, emulator.url, root, faults="7", traces=collector) as (containers, ports),
+            running(objects, model, emulator.url, root, faults="7", traces=collector) as (containers, ports),
         ):
             gateway = containers["gateway"]
             # As the operator makes one: kubectl exec into the gateway, and this.

@@ -72,6 +72,21 @@ def node(name: str, allocatable: dict[str, str]) -> Any:
     return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "status": status}
 
 
+def budget(name: str, namespace: str, allowed: int, healthy: int = 1) -> Any:
+    """As Knative's come, with what Kubernetes says of one replica."""
+    return {
+        "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": name, "namespace": namespace},
+        "spec": {"minAvailable": "80%"} if not allowed else {"maxUnavailable": 1},
+        "status": {
+            "expectedPods": 1, "currentHealthy": healthy, "desiredHealthy": 1 - allowed, "disruptionsAllowed": allowed,
+        },
+    }  # fmt: skip
+
+
+def nodes(count: int) -> list[Any]:
+    return [node(f"node-{number}", {"cpu": "32", "memory": "64Gi"}) for number in range(count)]
+
+
 # What is broken, what is said of, and a word of the command that mends it.
 BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
     "a flag": (
@@ -121,6 +136,21 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
              "spec": {"driver": "gpu.nvidia.com", "nodeName": "a"}},
         ),
         "Node a GPUs", "device plugin",
+    ),
+    "a node that cannot be drained": (
+        lambda cluster: cluster.put(
+            *nodes(2), budget("activator-pdb", "knative-serving", allowed=0),
+            budget("webhook-pdb", "knative-serving", allowed=1),
+            budget("eventing-webhook", "knative-eventing", allowed=0, healthy=0),
+        ),
+        "PodDisruptionBudget activator-pdb", "kubectl patch pdb activator-pdb -n knative-serving --type merge -p",
+    ),
+    "a node that cannot be drained, with the operator": (
+        lambda cluster: cluster.put(
+            *nodes(2), budget("3scale-kourier-gateway-pdb", "kourier-system", allowed=0),
+            crd("knativeservings.operator.knative.dev", "KnativeServing", version="v1beta1"), OPERATED,
+        ),
+        "PodDisruptionBudget 3scale-kourier-gateway-pdb", "kubectl apply --server-side -k knative/cluster/operator",
     ),
     "a pod that fits nowhere": (
         lambda cluster: cluster.put(node("a", {"cpu": "100m", "memory": "64Gi"})),
@@ -202,6 +232,11 @@ def test_what_is_broken_is_found_alone_with_its_command(what: str, cluster: Clus
         "a kind that is missing": [subject, "PingSource"],  # without the kind there is none of it
     }.get(what, [subject])
     assert command in wrong[0].remedy
+
+
+def test_the_only_node_need_not_be_drained(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.put(*nodes(1), budget("activator-pdb", "knative-serving", allowed=0))
+    assert [each for each in look(cluster, tmp_path) if "Disruption" in each.subject] == []
 
 
 def _pod(name: str, service: str, **status: Any) -> Any:

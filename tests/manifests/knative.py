@@ -2,7 +2,8 @@
 
 Read in knative/serving 1.22.1 and 1.23.0: cmd/webhook/main.go names the ConfigMaps that are checked;
 pkg/apis/config/{features,defaults}.go, pkg/autoscaler/config/config.go and pkg/deployment/config.go check them.
-In knative/operator 1.22.1 and 1.23.0: config/crd/bases/operator.knative.dev_knative{servings,eventings}.yaml.
+In knative/operator 1.22.1 and 1.23.0: config/crd/bases/operator.knative.dev_knative{servings,eventings}.yaml,
+pkg/reconciler/common/poddisruptionbudget_override.go, and the releases that it installs, in cmd/operator/kodata.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,12 @@ _SPEC = {
 _SPECS = {
     "KnativeServing": {*_SPEC, "controller-custom-certs", "ingress", "security"},
     "KnativeEventing": {*_SPEC, "defaultBrokerClass", "sinkBindingSelectionMode", "source"},
+}
+_BUDGET = {"maxUnavailable", "minAvailable", "name", "selector"}
+# The budgets of those releases, each minAvailable 80 % of a Deployment of one replica, which is that one.
+BUDGETS = {
+    "KnativeServing": {"activator-pdb", "webhook-pdb", "3scale-kourier-gateway-pdb"},
+    "KnativeEventing": {"eventing-webhook"},
 }
 _KOURIER = {"bootstrap-configmap", "enabled", "http-port", "https-port", "service-load-balancer-ip", "service-type"}
 
@@ -85,6 +92,12 @@ def unknown_to_the_operator(thing: Object) -> Iterator[str]:
     for part in ("deployments", "workloads"):
         for each in spec.get(part, []):
             yield from (f"{kind}: spec.{part}[].{key}" for key in set(each) - _WORKLOAD)
+    for budget in spec.get("podDisruptionBudgets", []):
+        yield from (f"{kind}: spec.podDisruptionBudgets[].{key}" for key in set(budget) - _BUDGET)
+        if budget["name"] not in BUDGETS[kind]:
+            yield f"{kind}: the budget {budget['name']} is none of its, and left out in silence"
+        if len({"maxUnavailable", "minAvailable"} & set(budget)) == 2:
+            yield f"{kind}: the budget {budget['name']} has both limits, and nothing is installed"
     for name, ingress in spec.get("ingress", {}).items():
         if name != "kourier":
             yield f"{kind}: spec.ingress.{name} is none that we use"

@@ -1,5 +1,6 @@
 """Every kustomization that an operator applies, rendered once."""
 
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -43,3 +44,15 @@ def find(objects: list[Object], kind: str, name: str) -> Object:
 def services(objects: list[Object]) -> list[Object]:
     """The Knative Services."""
     return [each for each in objects if each["apiVersion"] == "serving.knative.dev/v1" and each["kind"] == "Service"]
+
+
+def stacked(at: Path, overlay: str, *components: str) -> Path:
+    """A kustomization over ours, as an operator writes one."""
+    plan = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+        "resources": [os.path.relpath(ROOT / "knative" / overlay, at)],
+        "components": [os.path.relpath(ROOT / "knative" / each, at) for each in components],
+        "generatorOptions": {"disableNameSuffixHash": True},
+    }  # fmt: skip
+    (at / "kustomization.yaml").write_text(yaml.safe_dump(plan))
+    return at

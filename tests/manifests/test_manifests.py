@@ -1,7 +1,6 @@
 """What an operator applies is what Kubernetes and Knative take, and what this project decided; mistakes are found."""
 
 import copy
-import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from tests.manifests.rendering import (
     patched,
     rendered,
     services,
+    stacked,
 )
 
 needs_crds = pytest.mark.skipif(schema.CRDS is None, reason="no directory knative-crds beside the checkout")
@@ -320,6 +320,9 @@ def test_the_operators_crds_have_every_field() -> None:
     described = [thing for thing in rendered("cluster/operator") if thing["apiVersion"].startswith("operator.knative")]
     assert {thing["kind"] for thing in described} == {"KnativeServing", "KnativeEventing"}
     assert [field for thing in described for field in knative.unknown_to_the_operator(thing)] == []
+    for thing in described:  # each of which lets no node be drained as it comes
+        loosened = {each["name"]: each.get("maxUnavailable") for each in thing["spec"]["podDisruptionBudgets"]}
+        assert loosened == dict.fromkeys(knative.BUDGETS[thing["kind"]], 1)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +332,9 @@ def test_the_operators_crds_have_every_field() -> None:
         {"ingress": {"kourier": {"serviceType": "ClusterIP"}}},
         {"config": {"autoscaler": {"max-scale": 20}}},
         {"knative-version": "1.23"},
+        {"podDisruptionBudgets": [{"name": "activator-pdb", "minUnavailable": 1}]},
+        {"podDisruptionBudgets": [{"name": "activator", "maxUnavailable": 1}]},
+        {"podDisruptionBudgets": [{"name": "activator-pdb", "maxUnavailable": 1, "minAvailable": "80%"}]},
     ],
 )
 def test_a_field_that_the_operator_does_not_have_is_found(change: dict[str, Any]) -> None:
@@ -403,18 +409,6 @@ def test_one_pod_runs_what_its_image_has_with_the_flags_of_every_other(tmp_path:
     files = [f"image/{each.removeprefix('/')}" for each in (*sources, "/app/functions/shared.py")]
     assert [each for each in files if not (tmp_path / each).is_file()] == []
     assert backend._trains_too(env), "one number divides its card"
-
-
-def stacked(at: Path, overlay: str, *components: str) -> Path:
-    """A kustomization over ours, as an operator writes one."""
-    plan = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
-        "resources": [os.path.relpath(ROOT / "knative" / overlay, at)],
-        "components": [os.path.relpath(ROOT / "knative" / each, at) for each in components],
-        "generatorOptions": {"disableNameSuffixHash": True},
-    }  # fmt: skip
-    (at / "kustomization.yaml").write_text(yaml.safe_dump(plan))
-    return at
 
 
 def values(objects: list[Object], service: str) -> dict[str, str | None]:
