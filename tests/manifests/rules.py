@@ -7,6 +7,7 @@ from knapper import limits
 from knapper.cluster.kustomize import Object, identity
 from knapper.errors import InvalidField
 from knapper.settings import Settings, variable
+from tests.manifests import webhook
 from tests.manifests.rendering import services
 
 # Knative takes any annotation, and ignores those it does not know: a misspelt one is a setting that is not made.
@@ -28,7 +29,6 @@ LABELS = {
     "kubernetes.io/metadata.name",
     *(f"pod-security.kubernetes.io/{mode}" for mode in ("enforce", "warn", "audit")),
 }  # fmt: skip
-_AUTOSCALING = "autoscaling.knative.dev/"
 COLD_START_S = 15 * 60  # until a GPU can be used on a new node, as the cluster autoscaler itself assumes
 
 
@@ -41,12 +41,12 @@ def findings(objects: list[Object]) -> Iterator[str]:
     for service in services(objects):
         about = f"Service {service['metadata']['name']}"
         yield from (
-            f"{about}: {said}" for said in [*_webhook(service), *_decided(service), *_references(service, known)]
+            f"{about}: {said}" for said in [*webhook.refused(service), *_decided(service), *_references(service, known)]
         )
     for thing in objects:
         if thing["kind"] in ("Trigger", "PingSource", "Broker"):
             about = f"{thing['kind']} {thing['metadata']['name']}"
-            yield from (f"{about}: {said}" for said in _eventing(thing, known))
+            yield from (f"{about}: {said}" for said in [*webhook.sinks(thing), *_eventing(thing, known)])
     yield from _settings(objects)
 
 
@@ -59,56 +59,9 @@ def _names(thing: Object) -> Iterator[str]:
         yield from (f"label {name} is none that we know" for name in set(metadata.get("labels", {})) - LABELS)
 
 
-def annotations(service: Object) -> dict[str, str]:
-    found: dict[str, str] = service["spec"]["template"]["metadata"]["annotations"]
-    return found
-
-
-def _webhook(service: Object) -> Iterator[str]:
-    """What Knative Serving refuses, as seen on a cluster or read in its validation."""
-    yield from _volumes(service)
-    spec, said = service["spec"]["template"]["spec"], annotations(service)
-    (container,) = spec["containers"]
-    scale = {name.removeprefix(_AUTOSCALING): value for name, value in said.items() if name.startswith(_AUTOSCALING)}
-    if len(container.get("ports", [])) > 1:
-        yield "more than one port"
-    if any(each["name"] in ("PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION") for each in container.get("env", [])):
-        yield "an environment variable that Knative sets"
-    if int(scale.get("min-scale", 0)) > int(scale.get("max-scale", 0)) > 0:
-        yield "min-scale above max-scale"
-    if "window" in scale and not 6 <= seconds(scale["window"]) <= 3600:
-        yield "window outside 6 s to 1 h"
-    if not 0 <= spec.get("containerConcurrency", 0) <= 1000:
-        yield "containerConcurrency over 1000"
-    if spec.get("timeoutSeconds", 300) > 600:
-        yield "timeoutSeconds over the 600 that Knative allows"
-    if spec.get("responseStartTimeoutSeconds", 300) > spec.get("timeoutSeconds", 300):
-        yield "responseStartTimeoutSeconds over timeoutSeconds"
-    for name in ("target-utilization-percentage", "panic-window-percentage"):
-        if not 1 <= float(scale.get(name, 70)) <= 100:
-            yield f"{name} outside 1 to 100"
-    if not 110 <= float(scale.get("panic-threshold-percentage", 200)) <= 1000:
-        yield "panic-threshold-percentage outside 110 to 1000"
-
-
-def _volumes(service: Object) -> Iterator[str]:
-    spec = service["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    volumes = {volume["name"]: volume for volume in spec["volumes"]}
-    mounts = container["volumeMounts"]
-    yield from (f"volume {name} is not mounted" for name in set(volumes) - {mount["name"] for mount in mounts})
-    for mount in mounts:
-        if mount["mountPath"].rstrip("/") in ("", "/dev", "/dev/log"):
-            yield f"{mount['mountPath']} is Knative's own"
-        if not {"emptyDir", "persistentVolumeClaim"} & set(volumes.get(mount["name"], {})) and not mount.get(
-            "readOnly"
-        ):
-            yield f"volume {mount['name']} is not mounted readOnly"
-
-
 def _decided(service: Object) -> Iterator[str]:
     """What this project wants of each service, for the reasons that the manifests give."""
-    name, spec, said = service["metadata"]["name"], service["spec"]["template"]["spec"], annotations(service)
+    name, spec, said = service["metadata"]["name"], service["spec"]["template"]["spec"], webhook.annotations(service)
     (container,) = spec["containers"]
     wanted = (
         {"target-utilization-percentage": "100", "initial-scale": "0", "min-scale": "0"}
@@ -116,9 +69,9 @@ def _decided(service: Object) -> Iterator[str]:
         else {"min-scale": "1"}
     )
     for key, value in wanted.items():
-        if said.get(_AUTOSCALING + key) != value:
+        if said.get(webhook.AUTOSCALING + key) != value:
             yield f"{key} is not {value}"
-    if _AUTOSCALING + "max-scale" not in said:
+    if webhook.AUTOSCALING + "max-scale" not in said:
         yield "no max-scale"
     visibility = service["metadata"]["labels"].get("networking.knative.dev/visibility")
     if (visibility == "cluster-local") != (name != "gateway"):
@@ -133,7 +86,7 @@ def _decided(service: Object) -> Iterator[str]:
         yield "the container may do more than it needs"
     probe = container["startupProbe"]
     patience_s = probe["periodSeconds"] * probe["failureThreshold"]
-    if patience_s >= seconds(said.get("serving.knative.dev/progress-deadline", "600s")):
+    if patience_s >= webhook.seconds(said.get("serving.knative.dev/progress-deadline", "600s")):
         yield "the start-up probe outlasts the progress deadline"
     if "nvidia.com/gpu" in container["resources"]["limits"]:
         yield from _gpu(spec, said, patience_s)
@@ -150,7 +103,7 @@ def _gpu(spec: Object, said: dict[str, str], patience_s: float) -> Iterator[str]
     if not any("accelerator" in key for key in spec.get("nodeSelector", {})):
         yield "a GPU is asked for, and not which"
     for key, value in {"panic-threshold-percentage": "1000", "target-burst-capacity": "-1"}.items():
-        if said.get(_AUTOSCALING + key) != value:
+        if said.get(webhook.AUTOSCALING + key) != value:
             yield f"{key} is not {value}"
 
 
@@ -199,8 +152,7 @@ def _eventing(thing: Object, known: set[tuple[str, str, str]]) -> Iterator[str]:
     spec = thing["spec"]
     delivery = spec.get("delivery")
     sinks = [spec.get("subscriber"), spec.get("sink"), (delivery or {}).get("deadLetterSink")]
-    for sink in filter(None, sinks):
-        ref = sink["ref"]
+    for ref in (sink["ref"] for sink in filter(None, sinks) if "ref" in sink):
         if (ref["kind"], ref.get("namespace", thing["metadata"]["namespace"]), ref["name"]) not in known:
             yield f"sink {ref['name']} is not there"
     if "broker" in spec and ("Broker", thing["metadata"]["namespace"], spec["broker"]) not in known:
@@ -223,7 +175,7 @@ def _eventing(thing: Object, known: set[tuple[str, str, str]]) -> Iterator[str]:
 
 def outlasts_s(delivery: Object) -> float:
     """How long deliveries are tried again, not counting the attempts themselves."""
-    delay, retries = seconds(delivery.get("backoffDelay", "PT0.2S")), delivery.get("retry", 0)
+    delay, retries = webhook.seconds(delivery.get("backoffDelay", "PT0.2S")), delivery.get("retry", 0)
     if delivery.get("backoffPolicy") == "exponential":
         return sum(delay * float(2**n) for n in range(1, int(retries) + 1))
     return sum(delay * n for n in range(1, retries + 1))
@@ -249,11 +201,3 @@ def _settings(objects: list[Object]) -> Iterator[str]:
             )
         except InvalidField as error:
             yield str(error)
-
-
-def seconds(text: str) -> float:
-    """Of 90s, 1m30s, PT2S, PT0.2S, PT15M."""
-    units = {"h": 3600, "m": 60, "s": 1}
-    parts = re.findall(r"([\d.]+)([hms])", text.lower().removeprefix("pt"))
-    assert parts, text
-    return float(sum(float(number) * units[unit] for number, unit in parts))
