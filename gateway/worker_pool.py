@@ -16,6 +16,7 @@ import pickle  # noqa: TID251  as the pool itself does, between processes of our
 import resource
 import signal
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -94,11 +95,11 @@ class WorkerPool:
 async def _run(pool: ProcessPoolExecutor, work: Callable[..., T], body: bytes, *args: object) -> T:
     if sys.platform != "linux":
         return await _execute(pool, work, body, *args)
-    with _Memory() as given, _Memory() as returned:
-        await asyncio.to_thread(given.write, body)
-        await _execute(pool, _between, given.shared, returned.shared, work, *args)
-        result: T = await asyncio.to_thread(returned.unpickle)
-        return result
+    given, returned = _Memory(), _Memory()
+    await asyncio.to_thread(given.write, body)
+    await _execute(pool, _between, given.shared, returned.shared, work, *args)
+    result: T = await asyncio.to_thread(returned.unpickle)
+    return result
 
 
 async def _execute(pool: ProcessPoolExecutor, work: Callable[..., T], *args: object) -> T:
@@ -129,15 +130,14 @@ class _Shared:
 
 
 class _Memory:
-    """A file in memory, until the end of the context."""
+    """A file in memory, as long as somebody has this object: a thread may be writing when its caller has gone, and a
+    descriptor that was closed under it would be another tenant's file by then.
+    """
 
-    def __enter__(self) -> "_Memory":
+    def __init__(self) -> None:
         self._file = os.memfd_create("knapper")
+        weakref.finalize(self, os.close, self._file)
         self.shared = _Shared(f"/proc/{os.getpid()}/fd/{self._file}", os.fstat(self._file).st_ino)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
 
     def write(self, content: bytes) -> None:
         remaining = memoryview(content)

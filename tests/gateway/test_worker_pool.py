@@ -88,13 +88,27 @@ def test_a_process_ends_though_its_workers_died_as_bodies_came(tmp_path: Path) -
 
 def test_a_call_whose_caller_is_gone_reads_and_writes_no_file_of_another_call() -> None:
     """The descriptors of an ended call are the next one's."""
-    with worker_pool._Memory() as given, worker_pool._Memory() as returned:
-        ended = given.shared, returned.shared
-    with worker_pool._Memory() as given, worker_pool._Memory() as returned:
-        assert (given.shared.path, returned.shared.path) == tuple(file.path for file in ended)
-        given.write(b"another tenant's")
-        for files in (ended, (given.shared, ended[1]), (ended[0], returned.shared)):
-            with pytest.raises(FileNotFoundError, match="another file by now"):
-                worker_pool._between(*files, size)
-        worker_pool._between(given.shared, returned.shared, size)
-        assert returned.unpickle() == len(b"another tenant's")
+    given, returned = worker_pool._Memory(), worker_pool._Memory()
+    ended = given.shared, returned.shared
+    del given, returned
+    later = [worker_pool._Memory(), worker_pool._Memory()]
+    later.sort(key=lambda each: each.shared.path != ended[0].path)
+    given, returned = later
+    assert [file.shared.path for file in later] == [file.path for file in ended]
+    given.write(b"another tenant's")
+    for files in (ended, (given.shared, ended[1]), (ended[0], returned.shared)):
+        with pytest.raises(FileNotFoundError, match="another file by now"):
+            worker_pool._between(*files, size)
+    worker_pool._between(given.shared, returned.shared, size)
+    assert returned.unpickle() == len(b"another tenant's")
+
+
+def test_a_thread_that_still_writes_keeps_its_descriptor() -> None:
+    """A caller that is cancelled goes while its body is being written."""
+    given = worker_pool._Memory()
+    path, write = given.shared.path, given.write
+    del given
+    assert worker_pool._Memory().shared.path != path
+    write(b"late")
+    del write
+    assert worker_pool._Memory().shared.path == path
