@@ -4,7 +4,7 @@ Weights are loaded first. What they leave is divided once, at the start, by what
 follow the bytes that caches may hold, the rows of a pass, the layers that keep their activations, and the longest datum
 and text that can be computed at all. docs/operating.md's table of cards is made by the same functions.
 
-On a CPU rows and kept layers are constants, as bits depend on the first and the second costs no memory that is counted.
+On a CPU the rows are a constant, as bits depend on them.
 """
 
 import math
@@ -61,7 +61,8 @@ class ModelBytes:
     def of(cls, model: Model, weights: int) -> Self:
         size, config = model.dtype.itemsize, model.config
         if isinstance(config, ModelConfig):
-            return cls._native(config, size, weights, model.bytes_per_token)
+            kept = 4 if model.device.type == "cpu" else size  # most of it is float32 there, whatever the base is
+            return cls._native(config, kept, weights, model.bytes_per_token)
         # Of a transformers model every layer keeps what its linears take and give.
         row = 5 * sum(target.inputs + target.outputs for target in config.lora_targets[:-1])
         kept = row // max(1, len(config.lora_targets) // 7)
@@ -156,10 +157,12 @@ def kv_bytes(left: int, part: float, context_bytes: int) -> int:
 def _of_host(left: int, model: ModelBytes, kv_part: float) -> Account:
     kv, adapters = kv_bytes(left, kv_part, model.context * model.kv_token), left // _ADAPTERS_PART
     rest = max(0, left - kv - adapters)
+    activations = rest - rest // 2
     return Account(
         total=left + model.weights, weights=model.weights, kv=kv, adapters=adapters,
-        activations=rest - rest // 2, runs=rest // 2, fragments=0, snapshots=0,
+        activations=activations, runs=rest // 2, fragments=0, snapshots=0,
         kv_tokens=kv // model.kv_token, context=model.context, rows_max=ROWS_CPU,
+        passes=checkpointing.on_cpu(activations - _HEAD_BYTES, model.weights, model.layer_row),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from knapper.engine.hardware import device_for, memory_left, take_memory
 from knapper.engine.memory import CARDS, Account, ModelBytes, kv_bytes
 from knapper.engine.memory_table import MODELS
 from knapper.engine.models.config import ModelConfig
+from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.preflight import expect_device, expect_loadable
 from knapper.engine.training.trainer import Trainer
 from knapper.errors import ContextLengthExceeded, InvalidField, TooLarge, UserError, WaitsForMemory
@@ -124,12 +125,16 @@ def test_a_share_of_none_or_two_is_refused(share: str) -> None:
         Settings.load({"KNAPPER_GPU_MEMORY_SHARE": share})
 
 
-def test_on_a_cpu_rows_and_layers_are_the_same_on_every_machine(tmp_path: Path) -> None:
+def test_on_a_cpu_rows_are_the_same_on_every_machine_and_layers_keep_what_there_is_room_for(tmp_path: Path) -> None:
     model = tiny_trainer(tmp_path / "model").decoder
+    assert isinstance(model, Decoder)
     sizes = ModelBytes.of(model, model.weights_bytes)
     small, large = (memory.divide(left, sizes, 0, is_cpu=True) for left in (GIB, 64 * GIB))
     assert small.rows_max == large.rows_max == 1024
-    assert small.passes is large.passes is None
+    assert small.passes == model.passes, "a gibibyte, as without an account"
+    assert large.passes is not None
+    assert large.passes.layer_row == model.passes.layer_row
+    assert 20 * GIB < large.passes.total < large.activations
     assert small.kv < large.kv
     assert small.runs < large.runs
 

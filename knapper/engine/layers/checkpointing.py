@@ -38,9 +38,11 @@ class PassBytes:
         return max(0, spare) // (rows * self.layer_row) if self.layer_row else 0
 
 
-def on_cpu(config: ModelConfig, weights_bytes: int) -> PassBytes:
-    """Small passes keep everything; a large model's may keep as much as its weights take."""
-    return PassBytes(max(_saved_bytes_least, weights_bytes), 0, saved_bytes_of_row(config))
+def on_cpu(spare: int, weights_bytes: int, layer_row: int) -> PassBytes:
+    """`spare`: bytes that the account of memory has for it. However few, small passes keep everything, and a large
+    model's may keep as much as its weights take.
+    """
+    return PassBytes(max(_saved_bytes_least, weights_bytes, spare), 0, layer_row)
 
 
 def saved_bytes_of_row(config: ModelConfig, size: int = 4) -> int:

@@ -69,7 +69,8 @@ class Decoder:
         self._tower, axes = tower, config.image_axes
         self._pair_axes = None if axes is None else rope.pair_axes(axes, self.device)
         self._embedding_scale = None if config.embedding_scale == 1.0 else float(scale)
-        self.passes = checkpointing.on_cpu(config, weights.nbytes)  # of a GPU the account of memory says it
+        layer_row = checkpointing.saved_bytes_of_row(config)
+        self.passes = checkpointing.on_cpu(0, weights.nbytes, layer_row)  # until there is an account of memory
 
     @property
     def weights_bytes(self) -> int:
