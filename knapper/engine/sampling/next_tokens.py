@@ -7,7 +7,7 @@ from torch import Tensor
 
 from knapper.engine.sampling import grammar
 from knapper.engine.sampling.sequence import RunningSequence, SequenceGroup
-from knapper.engine.sampling.token_sampling import alternatives, draw, where_float64
+from knapper.engine.sampling.token_sampling import alternatives, draw, finite_rows, where_float64
 from knapper.errors import UserError
 
 
@@ -23,9 +23,13 @@ class NonFiniteLogits(UserError):
 
 
 def take_tokens(sequences: Sequence[RunningSequence], logits_NV: Tensor) -> dict[SequenceGroup, Exception]:
-    """Draw a token for each sequence. Returns the requests that fail, with their errors; their sequences take none."""
-    finite = logits_NV.isfinite().all(-1, keepdim=True)
-    logits_NV = torch.where(finite, logits_NV, 0.0)
+    """Draw a token for each sequence. Returns the requests that fail, with their errors; their sequences take none.
+
+    May overwrite the logits.
+    """
+    finite = finite_rows(logits_NV)
+    if logits_NV.device.type != "cpu" or not bool(finite.all()):  # on a GPU, to ask would be to wait
+        logits_NV = torch.where(finite, logits_NV, 0.0)
     broken = grammar.mask(sequences, logits_NV)
     drawn = draw(
         logits_NV,

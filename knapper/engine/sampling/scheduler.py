@@ -43,6 +43,7 @@ from knapper.engine.sampling.prefill_queue import FreeCapacity, PrefillQueue, ne
 from knapper.engine.sampling.prompt_logprobs import PromptLogprobs
 from knapper.engine.sampling.prompts import Prefiller, SamplingCounters
 from knapper.engine.sampling.sequence import Isolation, RunningSequence, SequenceGroup
+from knapper.engine.sampling.token_sampling import finite_rows
 from knapper.engine.transfer import to_device
 from knapper.errors import Unavailable
 from knapper.text.sizes import sized
@@ -197,7 +198,7 @@ class SamplingScheduler:
         """False if the request failed because its logits are not finite."""
         began_s = self._now()
         logits = self._decoder.logits(hidden_NH, Segments([group.segment(0, hidden_NH.shape[0])]))
-        finite = bool(logits.isfinite().all())
+        finite = bool(finite_rows(logits).all())
         if finite:
             scores.add(start, logits)
         self._charge(began_s, [(group, 1)])

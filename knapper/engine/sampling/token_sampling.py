@@ -60,8 +60,9 @@ def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float
     """
     logits_NV = where_float64(logits_NV)
     device = logits_NV.device
-    temperature_N = to_device([p.temperature or 1.0 for p in params], device, torch.float64)
-    logprobs_NV = log_distribution(logits_NV, temperature_N)
+    temperatures = [p.temperature or 1.0 for p in params]
+    tempered = any(temperature != 1.0 for temperature in temperatures)
+    logprobs_NV = log_distribution(logits_NV, to_device(temperatures, device, torch.float64) if tempered else None)
     cut = [row for row, p in enumerate(params) if p.temperature > 0 and (p.top_k != -1 or p.top_p < 1)]
     if cut:
         rows = to_device(cut, device)
@@ -70,8 +71,15 @@ def draw(logits_NV: Tensor, params: list[SamplingParams], uniforms_N: list[float
         top_p = [params[row].top_p for row in cut]
         logprobs_NV[rows] = _truncated(logprobs_NV[rows], top_k, top_p)
     tokens_N = _inverse(logprobs_NV, to_device(uniforms_N, device, torch.float64)[:, None])[:, 0]
-    greedy = to_device([p.temperature == 0 for p in params], device)
-    return SampledTokens(torch.where(greedy, logits_NV.argmax(-1), tokens_N), logprobs_NV)
+    greedy = [p.temperature == 0 for p in params]
+    if any(greedy):
+        tokens_N = torch.where(to_device(greedy, device), logits_NV.argmax(-1), tokens_N)
+    return SampledTokens(tokens_N, logprobs_NV)
+
+
+def finite_rows(values_NV: Tensor) -> Tensor:
+    """Whether every number of a row is finite (N, 1). A NaN, too, is the least and the greatest of its row."""
+    return values_NV.amin(-1, keepdim=True).isfinite() & values_NV.amax(-1, keepdim=True).isfinite()
 
 
 def where_float64(logits_NV: Tensor) -> Tensor:
@@ -99,10 +107,10 @@ def alternatives(logprobs_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def log_distribution(logits_NV: Tensor, temperature_N: Tensor | None = None) -> Tensor:
     """Log-probabilities (N, V) of softmax(logits / temperature); temperature 1 where none is given."""
     # The largest logit becomes 0 first: a small temperature then sends the others to -inf and never makes a NaN.
-    shifted = logits_NV - logits_NV.max(-1, keepdim=True).values
-    scaled = shifted if temperature_N is None else shifted / temperature_N[:, None].float()
+    shifted = logits_NV - logits_NV.amax(-1, keepdim=True)
+    scaled = shifted if temperature_N is None else shifted.div_(temperature_N[:, None].float())
     # The operations of `head` in training, in the same order.
-    return scaled - row_sums(scaled.exp()).log()
+    return scaled.sub_(row_sums(scaled.exp()).log())
 
 
 def _truncated(logprobs_NV: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:

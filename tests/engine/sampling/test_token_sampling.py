@@ -11,6 +11,7 @@ from knapper.engine.sampling.token_sampling import (
     SampledTokens,
     alternatives,
     draw,
+    finite_rows,
     log_distribution,
     uniforms,
     where_float64,
@@ -123,6 +124,14 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch() -> None:
         alone = draw(logits[row : row + 1], params[row : row + 1], numbers[row : row + 1])
         assert torch.equal(alone.tokens_N, together.tokens_N[row : row + 1])
         assert torch.equal(alone.logprobs_NV, together.logprobs_NV[row : row + 1])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1, 999, 1000])
+def test_a_row_with_a_number_that_is_not_finite_is_told_from_its_neighbours(broken: float, place: int) -> None:
+    logits = torch.stack([random_logits(1001, seed) for seed in range(4)])
+    logits[2, place] = broken
+    assert finite_rows(logits).tolist() == [[True], [True], [False], [True]]
 
 
 def test_alternatives_are_sorted_and_padded_with_empty_cells() -> None:
