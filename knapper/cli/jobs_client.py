@@ -57,7 +57,7 @@ class JobsClient:
             job_yaml /= "job.yaml"
         folder = job_yaml.resolve().parent
         yaml = jobs_transfer.checked(job_yaml)
-        files = {each: jobs_transfer.checked(folder / each) for each in spec.parse(yaml.path.read_bytes()).job.files}
+        files = {each: jobs_transfer.checked(folder / each) for each in spec.parse(yaml.path.read_bytes()).files}
         size = yaml.size + sum(file.size for file in files.values())
         if size > limits.job_upload_bytes_max:
             raise InvalidField(
@@ -67,7 +67,7 @@ class JobsClient:
         large = {name: file for name, file in files.items() if file.size and size > limits.upload_part_bytes}
         small = {names.JOB_YAML: yaml, **{name: file for name, file in files.items() if name not in large}}
         request: dict[str, Any] = {
-            "name": names.job(name or folder.name),
+            "name": names.chosen(name or folder.name),
             "files": {each: file.path.read_text(encoding="utf-8") for each, file in small.items()},
             "again": again,
         }
