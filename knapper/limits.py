@@ -166,6 +166,7 @@ job_server_lost_s = 900.0  # and this long for a server that went away
 # ---- The console.
 console_session_s = 12 * 3600.0  # then one signs in again
 console_page_rows_max = 25  # of a list, and of a step's prompts
+sweep_trials_shown_max = 200  # of a sweep, on its page
 console_operations_max = 50  # the newest of a run
 console_points_max = 2000  # of a curve: the newest steps
 console_compared_max = 8  # runs and jobs on one chart

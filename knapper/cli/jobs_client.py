@@ -221,7 +221,8 @@ def timing(job: dict[str, Any]) -> str:
 def summary(job: dict[str, Any]) -> Iterator[str]:
     """The state of a job."""
     took = f", {clock(job['elapsed_seconds'])}" if "elapsed_seconds" in job else ""
-    yield f"{job['job']}: {job['state']}, step {job['step']}{_of(job)}{took}"
+    what = f"{job['step']}{_of(job)} trials" if job.get("sweep") else f"step {job['step']}{_of(job)}"
+    yield f"{job['job']}: {job['state']}, {what}{took}"
     if job.get("activity"):
         yield f"{doing(job)}; {timing(job) or 'no estimate before its first step'}"
     elif job["reason"]:
@@ -246,7 +247,7 @@ def overview(jobs: Sequence[dict[str, Any]]) -> Iterator[str]:
             job["job"],
             job["kind"] or "-",
             job["state"],
-            f"{job['step']}{_of(job)}",
+            f"{job['step']}{_of(job)}" + (" trials" if job.get("sweep") else ""),
             job["created_at"][:19],
             job["reason"],
         )
