@@ -157,7 +157,7 @@ bench-check: setup ## has an optimisation been lost? counted work and one ratio 
 .venv/.developer: .venv/.installed $(COOKBOOK)
 	@command -v chromium >/dev/null || echo "note: there is no chromium, so the console's tests will be skipped: apt-get install -y chromium"
 	@echo "1/2 what the tests and checks need"
-	@$(PIP) --editable '.[train,gcp,reward,deploy,traces,demo,log,dev]'
+	@$(PIP) --editable '.[train,gcp,reward,sweep,deploy,traces,demo,log,dev]'
 	@# The oldest SDK that is served, for tests that run it in a process of its own; its dependencies are the newest one's.
 	@echo "2/2 the oldest SDK that is served, and tinker-cookbook"
 	@$(PIP) --no-deps --upgrade --target .venv/tinker-0.18.2 tinker==0.18.2

@@ -1,4 +1,4 @@
-"""CloudEvents for the gateway: uploads into the inbox, the tick, and dead letters.
+"""CloudEvents for the gateway: uploads into the inbox, ended jobs, the tick, and dead letters.
 
 They are accepted from the cluster's own services only, under a host name that no ingress serves (docs/decisions/0008).
 Their content is not trusted: an upload makes the gateway list the inbox, a tick read the store.
@@ -21,7 +21,9 @@ from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
 from knapper.jobs import names, revive
 from knapper.jobs.inbox import look
+from knapper.jobs.names import Start
 from knapper.jobs.services import JobServices
+from knapper.jobs.sweep import dispatch
 from knapper.observability import traces
 from knapper.state import dead_letters, layout
 from knapper.state.dead_letters import DeadLetter
@@ -49,8 +51,10 @@ async def receive(request: Request) -> Response:
             await periodic_tasks.jobs(services_of(request))
         elif event.type == cloudevents.OBJECT_FINALIZED:
             await start_uploaded_job(services_of(request), event)
+        elif event.type in cloudevents.JOB_ENDED:
+            await go_on_with_sweep(services_of(request), event)
         else:
-            allowed = ", ".join((*_TICKS, cloudevents.OBJECT_FINALIZED))
+            allowed = ", ".join((*_TICKS, cloudevents.OBJECT_FINALIZED, *cloudevents.JOB_ENDED))
             raise InvalidField("type", event.type, allowed)
     return Response(status_code=204)
 
@@ -88,8 +92,18 @@ async def start_job(gateway: Services, job_services: JobServices, tenant: ids.Te
     start = await look(job_services, tenant, job)
     gateway.wakeups.jobs.set()
     gateway.wakeups.inbox.set()  # more files may follow
-    if start is not None:
-        await job_services.notifier.post(await revive.first(job_services, start))
+    for event in [] if start is None else await revive.first(job_services, start):
+        await job_services.notifier.post(event)
+
+
+async def go_on_with_sweep(gateway: Services, event: Event) -> None:
+    """A job has ended: if it is a trial of a sweep, let that go on."""
+    job_services = gateway.job_services
+    if job_services is None:
+        raise Unavailable("this gateway has no exchange")
+    for rung in await dispatch.go_on_after(job_services, Start.parse(event.subject)):
+        gateway.wakeups.jobs.set()
+        await job_services.notifier.post(rung)
 
 
 def folder_of(name: str) -> tuple[ids.Tenant, str] | None:
@@ -98,7 +112,7 @@ def folder_of(name: str) -> tuple[ids.Tenant, str] | None:
     if not name.startswith(layout.INBOX) or len(path) != 3 or path[2] == names.JOB_ERROR:
         return None
     try:
-        return ids.tenant(path[0]), names.job(path[1])
+        return ids.tenant(path[0]), names.chosen(path[1])
     except UserError:
         log.info("an upload into a folder that no job can have", name=name[:200])
         return None

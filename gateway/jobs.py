@@ -18,9 +18,11 @@ from knapper import limits
 from knapper.errors import InvalidField, NotFound, TooLarge, Unavailable
 from knapper.events import cloudevents
 from knapper.ids import RunId, Tenant
-from knapper.jobs import control, deletion, listings, names, notifications, outputs, revive, staging
+from knapper.jobs import bells, control, deletion, listings, names, notifications, outputs, revive, staging
 from knapper.jobs.inbox import again, look, was_started
 from knapper.jobs.services import JobServices
+from knapper.jobs.spec import decode
+from knapper.jobs.sweep import halting
 from knapper.state import layout
 from knapper.state.job_records import Started, read
 from knapper.wire import fields, json
@@ -91,7 +93,7 @@ async def submit(request: Request) -> Response:
     submission = await bodies.in_worker(request, parse_submission, body)
     job_services = job_services_of(gateway)
     exchange = job_services.exchange
-    job = names.job(submission.name or f"job-{gateway.new_id()[:12]}")
+    job = names.chosen(submission.name or f"job-{gateway.new_id()[:12]}")
     inbox = layout.inbox(tenant, job)
     uploads = {
         name: staging.File(tenant, names.sha256(upload.sha256), upload.size)
@@ -117,8 +119,8 @@ async def submit(request: Request) -> Response:
     for file in uploads.values():
         await staging.forget(exchange, file)
     gateway.wakeups.jobs.set()
-    if start is not None:
-        await job_services.notifier.post(await revive.first(job_services, start))
+    for event in [] if start is None else await revive.first(job_services, start):
+        await job_services.notifier.post(event)
     return JSONResponse(await listings.whole(job_services, tenant, job, 0, gateway.presence) | {"equal": equal})
 
 
@@ -149,6 +151,7 @@ async def cancel(request: Request) -> Response:
     listing = await listings.newest(job_services.store, tenant, request.path_params["job"])
     started = await _started(job_services, listing)
     await control.ask(job_services.store, listing.start, "cancelled", "cancelled by its owner", job_services.clock())
+    await halting.halt(job_services, listing.start)
     await job_services.store.delete(listing.start.working)
     log.info("job cancelled", job=str(listing.start))
     await outputs.publish_status(job_services, started)
@@ -158,17 +161,23 @@ async def cancel(request: Request) -> Response:
 
 
 async def resume(request: Request) -> Response:
-    """Continue the job where it stopped."""
+    """Continue the job where it stopped; a sweep with those trials that stopped with it."""
     gateway, tenant = services_of(request), tenant_of(request)
     job_services = job_services_of(gateway)
     listing = await listings.newest(job_services.store, tenant, request.path_params["job"])
     started = await _started(job_services, listing)
+    if started.sweep:
+        todo = f"Resume the sweep, {names.sweep_of(started.job)}, or submit this trial's job.yaml as a job of its own"
+        raise InvalidField("job", started.job, "a job that is no trial of a sweep", todo)
     await control.ask(job_services.store, listing.start, "running", "", job_services.clock())
     await job_services.store.put_if_absent(listing.start.working, b"")
     gateway.wakeups.jobs.set()
     log.info("job resumed", job=str(listing.start))
     await outputs.publish_status(job_services, started)
-    for event in await revive.again(job_services, started, listing.start):
+    is_sweep = decode(started.spec_json).sweep is not None
+    for event in await (
+        revive.first(job_services, listing.start) if is_sweep else bells.again(job_services, started, listing.start)
+    ):
         await job_services.notifier.post(event)
     return await _show(gateway, tenant, listing)
 

@@ -43,7 +43,7 @@ def test_the_table_says_who_hears_what() -> None:
 
 def test_a_cluster_has_the_same_triggers() -> None:
     """But for `model`: of one machine there is one."""
-    served = {}
+    served = []
     for trigger in yaml.safe_load_all((ROOT / "knative" / "base" / "triggers.yaml").read_text(encoding="utf-8")):
         if trigger is None:
             continue
@@ -54,6 +54,6 @@ def test_a_cluster_has_the_same_triggers() -> None:
                 exacts.append({name: value for name, value in one["exact"].items() if name != "model"})
             else:
                 prefix = one["prefix"]["subject"]
-        served[trigger["spec"]["subscriber"]["ref"]["name"].replace("-", "_")] = (exacts, prefix)
-    ours = {trigger.subscriber: ([dict(exact) for exact in trigger.any_of], trigger.prefix) for trigger in TRIGGERS}
+        served.append((trigger["spec"]["subscriber"]["ref"]["name"].replace("-", "_"), exacts, prefix))
+    ours = [(trigger.subscriber, [dict(exact) for exact in trigger.any_of], trigger.prefix) for trigger in TRIGGERS]
     assert served == ours

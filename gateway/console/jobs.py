@@ -38,7 +38,10 @@ async def show(request: Request, viewer: Viewer) -> Response:
     artifacts = await Artifacts.of(services, viewer.tenant, job["job"])
     files = await artifacts.listed()
     named = [(artifacts.name(entry), entry.size, entry.modified_at) for entry in files[:_FILES]]
-    return render(request, viewer, "job.html", job=job, files=named, files_count=len(files))
+    return render(
+        request, viewer, "job.html", job=job, files=named, files_count=len(files),
+        rows_max=limits.sweep_trials_shown_max,
+    )  # fmt: skip
 
 
 async def show_status(request: Request, viewer: Viewer) -> Response:
@@ -46,7 +49,7 @@ async def show_status(request: Request, viewer: Viewer) -> Response:
     gateway = viewer.gateway
     services, name = job_services_of(gateway), request.path_params["job"]
     job = await listings.whole(services, viewer.tenant, name, _NO_METRICS, gateway.presence)
-    return render(request, viewer, "job_status.html", job=job)
+    return render(request, viewer, "job_status.html", job=job, rows_max=limits.sweep_trials_shown_max)
 
 
 async def curve(request: Request, viewer: Viewer) -> Response:

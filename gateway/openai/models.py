@@ -6,7 +6,7 @@ from gateway.services import Services
 from knapper import ids, limits
 from knapper.errors import InvalidField, NotFound
 from knapper.ids import RunId, Tenant, TinkerPath
-from knapper.jobs import job_names
+from knapper.jobs import job_names, names
 from knapper.state.checkpoints import Checkpoint
 from knapper.state.model_record import ModelRecord, slug
 
@@ -60,7 +60,7 @@ async def _of_job(gateway: Services, tenant: Tenant, name: str) -> Checkpoint | 
     """None if a base model has the name, or no job has. Raises NotFound for a job without a checkpoint yet."""
     if name in [model.name for model in await gateway.lookups.catalogue.models()]:
         return None
-    run = next((run for run, job in (await job_names.newest(gateway.store, tenant)).items() if job == name), None)
+    run = await job_names.adapter_of(gateway.store, tenant, name)
     if run is None:
         return None
     if (checkpoint := await _newest(gateway, tenant, run)) is None:
@@ -83,11 +83,14 @@ async def listed(gateway: Services, tenant: Tenant) -> list[dict[str, object]]:
     saved = [(path, at) for path, at in saved if path.kind == "sampler_weights"][: limits.models_listed_max]
     newest = {path.run: at for path, at in reversed(saved)}
     jobs = await job_names.newest(gateway.store, tenant)
+    ended = {path.run: at for path, at in reversed(saved) if path.name == names.FINAL}
+    sweeps = {names.sweep_of(jobs[run]): at for run, at in ended.items() if run in jobs and names.sweep_of(jobs[run])}
     return (
         [description(name) for name in models]
         + [description(str(path), at) for path, at in saved]
         + [description(run, at) for run, at in newest.items()]
         + [description(jobs[run], at) for run, at in newest.items() if run in jobs and jobs[run] not in models]
+        + [description(name, at) for name, at in sweeps.items() if name not in models]
     )
 
 

@@ -79,7 +79,7 @@ def train(
     from knapper.jobs import names
 
     with TemporaryDirectory() as place:
-        folder = to or Path(place) / names.job(name)
+        folder = to or Path(place) / names.chosen(name)
         folder.mkdir(parents=True)
         found = write(_client(url), folder, group, epochs=epochs, learning_rate=learning_rate, rank=rank)
         say(found, file=sys.stderr)

@@ -21,6 +21,7 @@ EXTRA_OF: Final = {
     "jsonschema": "reward",
     "math_verify": "reward",
     "referencing": "reward",
+    "optuna": "sweep",
     "jsonpatch": "deploy",
     "kubernetes": "deploy",
     "opentelemetry": "traces",

@@ -52,7 +52,7 @@ def submit(
         say(f"these files were submitted before, as this job{more}")
     if follow and job_state["state"] != "refused":
         job_state = _follow(client, job_state["job"], log_to)
-    _say(job_state)
+    _say(job_state, with_trials=follow)
 
 
 @app.command("list")
@@ -79,6 +79,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print a job's steps and its state."""
+    from knapper.cli import jobs_trials
     from knapper.cli.jobs_client import METRICS, lines, summary
     from knapper.cli.runs_client import sparks
 
@@ -87,7 +88,7 @@ def show(
     _expect_follow(log_to, follow)
     client = _client(url)
     if follow:
-        _say(_follow(client, job, log_to))
+        _say(_follow(client, job, log_to), with_trials=True)
         return
     job_state, metrics = client.show(job), []
     while job_state["metrics"]:
@@ -95,7 +96,9 @@ def show(
         job_state = client.show(job, metrics[-1]["step"])
     job_state["metrics"] = metrics
     drawn = sparks(metrics, METRICS)
-    listing(job_state, [*lines(job_state), *drawn, *summary(job_state)], "", as_json=as_json)
+    listing(
+        job_state, [*lines(job_state), *jobs_trials.lines(job_state), *drawn, *summary(job_state)], "", as_json=as_json
+    )
     _exit(job_state)
 
 
@@ -187,10 +190,11 @@ def _follow(client: "JobsClient", job: str, log_to: list[str]) -> dict[str, Any]
         forwarder.close()
 
 
-def _say(job_state: dict[str, Any]) -> None:
+def _say(job_state: dict[str, Any], *, with_trials: bool = False) -> None:
+    from knapper.cli import jobs_trials
     from knapper.cli.jobs_client import summary
 
-    for line in summary(job_state):
+    for line in [*(jobs_trials.lines(job_state) if with_trials else ()), *summary(job_state)]:
         say(line)
     _exit(job_state)
 

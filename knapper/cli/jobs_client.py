@@ -57,7 +57,7 @@ class JobsClient:
             job_yaml /= "job.yaml"
         folder = job_yaml.resolve().parent
         yaml = jobs_transfer.checked(job_yaml)
-        files = {each: jobs_transfer.checked(folder / each) for each in spec.parse(yaml.path.read_bytes()).job.files}
+        files = {each: jobs_transfer.checked(folder / each) for each in spec.parse(yaml.path.read_bytes()).files}
         size = yaml.size + sum(file.size for file in files.values())
         if size > limits.job_upload_bytes_max:
             raise InvalidField(
@@ -67,7 +67,7 @@ class JobsClient:
         large = {name: file for name, file in files.items() if file.size and size > limits.upload_part_bytes}
         small = {names.JOB_YAML: yaml, **{name: file for name, file in files.items() if name not in large}}
         request: dict[str, Any] = {
-            "name": names.job(name or folder.name),
+            "name": names.chosen(name or folder.name),
             "files": {each: file.path.read_text(encoding="utf-8") for each, file in small.items()},
             "again": again,
         }
@@ -221,7 +221,8 @@ def timing(job: dict[str, Any]) -> str:
 def summary(job: dict[str, Any]) -> Iterator[str]:
     """The state of a job."""
     took = f", {clock(job['elapsed_seconds'])}" if "elapsed_seconds" in job else ""
-    yield f"{job['job']}: {job['state']}, step {job['step']}{_of(job)}{took}"
+    what = f"{job['step']}{_of(job)} trials" if job.get("sweep") else f"step {job['step']}{_of(job)}"
+    yield f"{job['job']}: {job['state']}, {what}{took}"
     if job.get("activity"):
         yield f"{doing(job)}; {timing(job) or 'no estimate before its first step'}"
     elif job["reason"]:
@@ -246,7 +247,7 @@ def overview(jobs: Sequence[dict[str, Any]]) -> Iterator[str]:
             job["job"],
             job["kind"] or "-",
             job["state"],
-            f"{job['step']}{_of(job)}",
+            f"{job['step']}{_of(job)}" + (" trials" if job.get("sweep") else ""),
             job["created_at"][:19],
             job["reason"],
         )

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from knapper import limits
+from knapper.cli import jobs_trials
 from knapper.cli.jobs_client import ENDED, JobsClient, doing, lines, timing
 from knapper.cli.sinks import Forwarder
 from knapper.errors import KnapperError, NotFound, UserError
@@ -27,6 +28,7 @@ class Follower:
     now: Callable[[], float]
     forwarder: Forwarder = field(default_factory=Forwarder)
     _after: int = 0  # steps printed
+    _ended: set[int] = field(default_factory=set)  # trials printed, of a sweep
     _phase: str = ""
     _printed_at: float = float("-inf")
     _answered_at: float | None = None  # when the server last answered
@@ -85,11 +87,13 @@ class Follower:
         printed = [f"{_when(job, step)}  {line}" for step, line in zip(job["metrics"], lines(job), strict=True)]
         if printed and (left := timing(job)):
             printed[-1] += f"  {left}"
+        elapsed = f"{clock(job.get('elapsed_seconds', 0.0)):>7}"
+        printed += [f"{elapsed}  {line}" for line in jobs_trials.ended(job, self._ended)]
         phase, now = doing(job, counts=False), self.now()
         if not printed and phase:
             first = phase != self._phase and not job["step"]
             if first or now - self._printed_at > _QUIET_S:
-                printed.append(f"{clock(job.get('elapsed_seconds', 0.0)):>7}  {doing(job)}")
+                printed.append(f"{elapsed}  {doing(job)}")
                 self._phase = phase
         if printed:
             self._printed_at = now

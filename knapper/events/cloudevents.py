@@ -26,6 +26,7 @@ ADAPTER_STEPPED = "dev.knapper.adapter.stepped"
 JOB_COMPLETED = "dev.knapper.job.completed"
 JOB_FAILED = "dev.knapper.job.failed"
 JOB_CANCELLED = "dev.knapper.job.cancelled"
+JOB_ENDED = (JOB_COMPLETED, JOB_FAILED, JOB_CANCELLED)
 TICK = "dev.knapper.tick"
 OBJECT_FINALIZED = "google.cloud.storage.object.v1.finalized"
 FRAMES = "application/x-knapper-frames"

@@ -7,7 +7,7 @@ from knapper.ids import TinkerPath
 from knapper.jobs import control, outputs, sample_usage
 from knapper.jobs.bill import bill
 from knapper.jobs.job_files import Folder
-from knapper.jobs.names import STEP, step_name
+from knapper.jobs.names import FINAL, STEP, step_name
 from knapper.jobs.recipes import RunClients
 from knapper.jobs.selection import Ending
 from knapper.jobs.services import JobServices
@@ -18,7 +18,6 @@ from knapper.state.journal import bundles
 from knapper.state.sessions import Finish, Sessions
 from knapper.store import many
 
-FINAL = "final"
 log = structlog.get_logger()
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 

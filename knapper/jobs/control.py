@@ -13,6 +13,7 @@ from knapper.state.journal.newest import newest_of_few
 from knapper.store import Store
 
 REPLACED = "job.yaml was replaced"
+WITH_SWEEP = "its sweep does not run"  # how the reason of a trial begins that goes on with its sweep
 PAUSED = "paused by its quota"  # how the reason of a running job begins that waits for its tenant's quota
 _MAY = {
     "running": ("cancelled", "failed", "completed"),

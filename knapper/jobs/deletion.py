@@ -16,14 +16,22 @@ from knapper.store import Store
 
 
 async def mark(services: JobServices, tenant: Tenant, job: str) -> None:
-    """Mark the job as deleted: it can neither run nor be resumed. Raises UserError while it runs."""
+    """Mark the job as deleted, with its trials: it can neither run nor be resumed. Raises UserError while it runs."""
+    await _mark(services, tenant, job)
+    for trial in await _trials(services.store, tenant, job):
+        await _mark(services, tenant, trial)
+
+
+async def _mark(services: JobServices, tenant: Tenant, job: str) -> None:
     for start in reversed(await _starts(services.store, tenant, job)):  # if one runs, it is the newest
         if await services.store.get(start.started) is not None:
             await control.ask(services.store, start, "deleted", "deleted by its owner", services.clock())
 
 
 async def delete(services: JobServices, tenant: Tenant, job: str, erase: Callable[[RunId], Awaitable[None]]) -> None:
-    """Delete a marked job. `erase`: deletes a run with everything of it, if it was ever made."""
+    """Delete a marked job, its trials first. `erase`: deletes a run with everything of it, if it was ever made."""
+    for trial in await _trials(services.store, tenant, job):
+        await delete(services, tenant, trial, erase)
     inbox = layout.inbox(tenant, job)
     await services.exchange.remove(f"{inbox}{names.JOB_YAML}")  # first: without it nothing starts
     for prefix in (inbox, layout.outputs(tenant, job)):
@@ -36,6 +44,13 @@ async def delete(services: JobServices, tenant: Tenant, job: str, erase: Callabl
         await _delete_records(services.store, start)
     for start in starts:
         await _unlist(services.store, start)
+
+
+async def _trials(store: Store, tenant: Tenant, job: str) -> list[str]:
+    """The jobs of all trials that any start of the job has had, if it is a sweep."""
+    listed = await store.list(ObjectKind.TENANT_START.under(tenant, f"{job}.")[:-1])
+    found = dict.fromkeys(ObjectKind.TENANT_START.parse(name)[1] for name in listed)
+    return [name for name in found if names.sweep_of(name) == job]
 
 
 async def _starts(store: Store, tenant: Tenant, job: str) -> list[Start]:

@@ -4,31 +4,24 @@ Every upload leads to a look. A complete and valid folder is copied into the sto
 record `started` is written last. An error is reported beside job.yaml, and the next upload leads to another look.
 """
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 import structlog
 
 from knapper import limits
-from knapper.catalogue.served_models import Catalogue
-from knapper.errors import InvalidField, NotFound, TooLarge, UserError
+from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.ids import Tenant, number
-from knapper.jobs import control, datasets, names, origins, outputs, spec, upload
+from knapper.jobs import checks, control, names, spec, starting, upload
 from knapper.jobs.names import Start
-from knapper.jobs.rows import RlRow, Row
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Parsed, RlJob
 from knapper.jobs.upload import Content, Upload
 from knapper.jobs.yaml_document import JobError
-from knapper.rewards import plain
-from knapper.rewards import spec as rewards
-from knapper.rewards.spec import Reward
 from knapper.state import layout
-from knapper.state.job_records import Refusal, Started, Waiting, encode, read
+from knapper.state.job_records import Refusal, Waiting, encode, read
 from knapper.state.layout import ObjectKind, last_number
-from knapper.state.model_record import slug
 
 log = structlog.get_logger()
 
@@ -39,7 +32,7 @@ async def look(services: JobServices, tenant: Tenant, job: str) -> Start | None:
     The caller posts `dev.knapper.job.started` for it; `revive` repeats it if it gets lost. Safe to call at any time, by
     any number of processes at once.
     """
-    names.job(job)
+    names.chosen(job)
     # First, so that a start that becomes current later was not awaited before.
     awaited = await services.store.list(ObjectKind.JOB_EXPECTED.under(tenant, job))
     seen = await _look(services, tenant, job)
@@ -54,7 +47,7 @@ async def again(services: JobServices, tenant: Tenant, job: str) -> Start | None
 
     None if it cannot be started, as with `look`. Raises InvalidField while it runs.
     """
-    whole = await _whole(services, tenant, names.job(job))
+    whole = await _whole(services, tenant, names.chosen(job))
     start = None if whole is None else await upload.current(services.store, whole.content)
     if whole is not None and start is not None and await services.store.get(start.started) is not None:
         if await control.runs(services.store, start):
@@ -69,7 +62,7 @@ async def was_started(services: JobServices, tenant: Tenant, job: str, yaml: byt
         parsed = spec.parse(yaml)
     except UserError:
         return False
-    sent = Content(tenant, job, yaml, {name: sha256s[name] for name in parsed.job.files if name in sha256s})
+    sent = Content(tenant, job, yaml, {name: sha256s[name] for name in parsed.files if name in sha256s})
     return await services.store.get((await upload.current(services.store, sent)).started) is not None
 
 
@@ -104,7 +97,7 @@ async def _look(services: JobServices, tenant: Tenant, job: str) -> _Seen:
     try:
         parsed = spec.parse(job_yaml.data)
         whole = await upload.read_files(services, tenant, job, job_yaml, parsed)
-        missing = [name for name in parsed.job.files if name not in whole.files]
+        missing = [name for name in parsed.files if name not in whole.files]
         if missing:
             return _Seen(awaits=start if await _wait(services, start, parsed, missing) else None)
         start = await upload.current(services.store, whole.content)
@@ -115,12 +108,12 @@ async def _look(services: JobServices, tenant: Tenant, job: str) -> _Seen:
                 await _make_current(services, start)
                 return _Seen()
             start = await upload.repeat(services.store, whole.content)
-        await _expect_rank(services, start.tenant, parsed.job.lora.rank)
-        started = await _checked(services, start, parsed, whole)
+        started = await checks.checked(services, start, parsed, whole)
     except UserError as error:
         await _refuse(services, start, parsed.wrong(error) if parsed is not None else _as_job_error(error))
         return _Seen()
-    return _Seen(begun=start if await _begin(services, start, started, whole) else None)
+    files = {name: blob.data for name, blob in whole.files.items()}
+    return _Seen(begun=start if await starting.begin(services, start, started, files) else None)
 
 
 async def _was_replaced(services: JobServices, start: Start, whole: Upload) -> bool:
@@ -141,120 +134,14 @@ async def _make_current(services: JobServices, start: Start) -> None:
     """The folder holds this start again, after a refused one: list it, and remove the error."""
     listed = await services.store.list(ObjectKind.TENANT_START.under(start.tenant, start.job))
     if listed and not listed[-1].endswith(f"/{start.id}"):
-        await _list_now(services, start)
+        await starting.list_now(services, start)
         await services.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
-
-
-async def _expect_rank(services: JobServices, tenant: Tenant, rank: int) -> None:
-    """Raises InvalidField for a rank above the tenant's quota."""
-    most = await services.quota.rank(tenant)
-    if most is not None and rank > most:
-        raise InvalidField("lora.rank", rank, f"1 to {most}: the quota of tenant {tenant}")
-
-
-async def _checked(services: JobServices, start: Start, parsed: Parsed, whole: Upload) -> Started:
-    """The record of the start. Raises UserError for every error that can be found before it."""
-    files = {name: blob.data for name, blob in whole.files.items()}
-    job = parsed.job
-    rows = await asyncio.to_thread(datasets.rows, job, job.data, files[job.data])
-    held_out: Sequence[Row] = []
-    if job.evaluate is not None:
-        held_out = await asyncio.to_thread(datasets.rows, job, job.evaluate.data, files[job.evaluate.data])
-    if isinstance(job, RlJob) and job.environment is not None:
-        rewards.text_of(job.environment.code, files[job.environment.code])
-    elif isinstance(job, RlJob):
-        reward = _reward(job, files)
-        await asyncio.to_thread(_check_answers, reward, job.data, files[job.data], rows)
-        if job.evaluate is not None:
-            await asyncio.to_thread(_check_answers, reward, job.evaluate.data, files[job.evaluate.data], held_out)
-    model = await _model(services, job.base_model)
-    source = "" if job.init_from is None else await origins.bundle_of(services, start.tenant, job, job.init_from, model)
-    return Started(
-        tenant=start.tenant, job=start.job, start=start.id, generation=whole.job_yaml.generation,
-        generations=whole.generations, spec_json=spec.encode(job), job_yaml=whole.job_yaml.data,
-        files=dict(whole.content.sha256s),
-        files_bytes=sum(map(len, files.values())), base_model=model, model=slug(model), rows=len(rows),
-        held_out=len(held_out), started_at=services.clock(), source=source,
-    )  # fmt: skip
-
-
-def _reward(job: RlJob, files: Mapping[str, bytes]) -> Reward:
-    try:
-        return rewards.parse(job.reward, files)
-    except UserError as error:
-        error.field = error.field or "reward"
-        raise
-
-
-def _check_answers(reward: Reward, name: str, data: bytes, rows: Sequence[Row]) -> None:
-    """Raises JobError for the first row whose answer a reward term cannot use."""
-    for n, row in enumerate(rows):
-        assert isinstance(row, RlRow), "the job is one of rl"
-        for term in reward.terms.values():
-            try:
-                plain.check(term, row.answer)
-            except UserError as error:
-                line = datasets.line_of(name, data, n)
-                raise JobError(line, "answer", row.answer, "", file=name, message=str(error)) from error
-
-
-async def _model(services: JobServices, asked: str | None) -> str:
-    """The served name. Raises InvalidField."""
-    served = [model for model in await Catalogue(services.store).models() if model.trainable and model.sampleable]
-    if asked is None and len(served) == 1:
-        return served[0].name
-    for model in served:
-        if asked in (model.name, model.directory):
-            return model.name
-    shown = ", ".join(model.name for model in served) or "none is served at this moment"
-    raise InvalidField("base_model", asked, shown)
-
-
-async def _begin(services: JobServices, start: Start, started: Started, whole: Upload) -> bool:
-    store = services.store
-    for name, blob in whole.files.items():
-        await store.put_if_absent(start.content(started.files[name]), blob.data)
-    await _list(services, start)
-    await store.put_if_absent(start.working, b"")
-    await _end_earlier(services, start)
-    won = await store.put_if_absent(start.started, encode(started))
-    await store.put_if_absent(start.working, b"")  # again: `revive` removes those that never started
-    if not won:
-        return False
-    await services.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
-    job = spec.decode(started.spec_json)
-    log.info("job started", job=str(start), kind=job.kind, rows=started.rows, adapts=",".join(job.lora.adapts))
-    await outputs.publish_status(services, started)
-    return True
-
-
-async def _end_earlier(services: JobServices, start: Start) -> None:
-    """End earlier starts of the job: they would overwrite each other's results."""
-    for name in await services.store.list(ObjectKind.JOB_WORKING.under(start.tenant, start.job)):
-        other = Start(start.tenant, start.job, name.rpartition("/")[2])
-        if other != start and await services.store.get(other.started) is not None:
-            reason = f"{control.REPLACED}: start {start.id} took its place"
-            if await control.change(services.store, other, "cancelled", reason, services.clock()):
-                await services.store.delete(other.working)
-
-
-async def _list(services: JobServices, start: Start) -> None:
-    """Add to the tenant's lists: once, or twice after a crash here, which changes nothing."""
-    if await services.store.get(start.listed) is None:
-        await _list_now(services, start)
-        await services.store.put_if_absent(start.listed, b"")
-
-
-async def _list_now(services: JobServices, start: Start) -> None:
-    at = int(services.clock() * 1e6)
-    await services.store.put_if_absent(ObjectKind.TENANT_START.key(start.tenant, start.job, at, start.id), b"")
-    await services.store.put_if_absent(ObjectKind.TENANT_JOB.key(start.tenant, at, start.job, start.id), b"")
 
 
 async def _wait(services: JobServices, start: Start, parsed: Parsed, missing: list[str]) -> bool:
     """Wait for files, which may come in any order. False after too long: refuse, and wait for another upload."""
     now = services.clock()
-    await _list(services, start)
+    await starting.list_once(services, start)
     waiting = await read(services.store, start.waiting, Waiting)
     if waiting is None:  # later looks write nothing
         waiting = Waiting(since=now)
@@ -278,12 +165,13 @@ def _fields(parsed: Parsed) -> list[tuple[str, str]]:
         fields.append(("evaluate.data", job.evaluate.data))
     if isinstance(job, RlJob) and job.environment is not None:
         fields.append(("environment.code", job.environment.code))
-    return fields + [("reward", name) for name in job.files if name not in {file for _, file in fields}]
+    fields += [("reward", name) for name in job.files if name not in {file for _, file in fields}]
+    return fields + [("sweep.over", name) for name in parsed.files if name not in job.files]
 
 
 async def _refuse(services: JobServices, start: Start, error: JobError) -> None:
     """Report the error beside job.yaml, in the list of jobs and in the log."""
-    await _list(services, start)
+    await starting.list_once(services, start)
     report = error.report()
     listed = await services.store.list(start.refusals)
     newest = await read(services.store, listed[-1], Refusal) if listed else None
@@ -308,11 +196,3 @@ async def _is_published(services: JobServices, name: str, data: bytes) -> bool:
 
 def _as_job_error(error: UserError) -> JobError:
     return error if isinstance(error, JobError) else JobError(1, "job.yaml", None, "", message=str(error))
-
-
-async def started(services: JobServices, start: Start) -> Started:
-    """Raises NotFound."""
-    record = await read(services.store, start.started, Started)
-    if record is None:
-        raise NotFound(f"job {start} was not started; put job.yaml and its files into {start.tenant}'s inbox")
-    return record

@@ -11,6 +11,7 @@ from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline
 from knapper.jobs.rows import Row
 from knapper.jobs.spec import AnyJob
+from knapper.jobs.sweep import trials
 from knapper.state.job_records import Started, read
 from knapper.store import Store
 from knapper.store.cache import LruCache
@@ -51,16 +52,7 @@ async def _read(store: Store, start: Start) -> Folder:
     if started is None:
         raise NotFound(f"job {start} was never started; put job.yaml and its files into its inbox")
     job = spec.decode(started.spec_json)
-    files = {}
-    for name, sha256 in started.files.items():
-        data = await store.get(start.content(sha256))
-        if data is None:
-            raise damaged(start.content(sha256), f"it is missing, and was {name} of job {start}")
-        if await asyncio.to_thread(_sha256, data) != sha256:
-            raise damaged(
-                start.content(sha256), f"its {len(data)} bytes differ from those that {name} of job {start} had"
-            )
-        files[name] = data
+    files = await files_of(store, start, started)
     rows = await asyncio.to_thread(datasets.rows, job, job.data, files.pop(job.data))
     held_out: Sequence[Row] = []
     if job.evaluate is not None:
@@ -70,6 +62,21 @@ async def _read(store: Store, start: Start) -> Folder:
         else:
             held_out = await asyncio.to_thread(datasets.rows, job, job.evaluate.data, data)
     return Folder(start, started, job, rows, held_out, files)
+
+
+async def files_of(store: Store, start: Start, started: Started) -> dict[str, bytes]:
+    """By name. Those of a trial are its sweep's. Raises Corrupt if they are not what the record says."""
+    keeper = trials.of_trial(start, started) or start
+    files = {}
+    for name, sha256 in started.files.items():
+        key = keeper.content(sha256)
+        data = await store.get(key)
+        if data is None:
+            raise damaged(key, f"it is missing, and was {name} of job {start}")
+        if await asyncio.to_thread(_sha256, data) != sha256:
+            raise damaged(key, f"its {len(data)} bytes differ from those that {name} of job {start} had")
+        files[name] = data
+    return files
 
 
 def _sha256(data: bytes) -> str:

@@ -12,12 +12,12 @@ from knapper.errors import NotFound, damaged
 from knapper.ids import Tenant, TinkerPath
 from knapper.jobs import activity, control, names, outputs
 from knapper.jobs.activity import Activity, iso
-from knapper.jobs.completion import FINAL
-from knapper.jobs.names import Start
+from knapper.jobs.names import FINAL, Start
 from knapper.jobs.presence import Present
 from knapper.jobs.progress import Outline, ProgressReader, newest_step
 from knapper.jobs.services import JobServices
-from knapper.jobs.spec import Kind, RlJob, decode
+from knapper.jobs.spec import RlJob, decode
+from knapper.jobs.sweep import trials
 from knapper.state import alarms, damage, layout, recent
 from knapper.state.alarms import Alarms
 from knapper.state.job_records import Evaluated, Refusal, Started, Trained, Waiting, read
@@ -90,6 +90,8 @@ async def whole(services: JobServices, tenant: Tenant, job: str, after: int, pre
     """
     listing = await newest(services.store, tenant, job)
     start, fields = listing.start, await _line(services.store, listing)
+    if fields["sweep"]:
+        return fields | await damage.unless(_sweep(services, start), {})
     trained = await damage.readable(
         range(after, min(fields["step"], after + limits.job_metrics_listed_max)),
         lambda step: read(services.store, start.trained(step), Trained),
@@ -116,6 +118,27 @@ async def whole(services: JobServices, tenant: Tenant, job: str, after: int, pre
         fields["checkpoint"] = str(TinkerPath(start.run, "sampler_weights", FINAL))
         fields["bill"] = await damage.unless(_bill(services, start), None)
     return fields
+
+
+async def _sweep(services: JobServices, start: Start) -> dict[str, Any]:
+    """What a sweep has in place of steps: its trials."""
+    store = services.store
+    started = await read(store, start.started, Started)
+    assert started is not None, "its line has said so"
+    job, now, tried = decode(started.spec_json), await control.now(store, start), await trials.read_all(store, start)
+    ended, shown = now.state != "running", await trials.table(store, job, tried)
+    fields: dict[str, Any] = {
+        "metrics": [],
+        "base_model": started.base_model,
+        "started_at": iso(started.started_at),
+        "ended_at": iso(now.at) if ended else None,
+        "elapsed_seconds": round((now.at if ended else services.clock()) - started.started_at, 3),
+        "activity": None, "seconds_left": None, "ends_at": None,
+        "outputs": layout.outputs(start.tenant, start.job),
+        "job_yaml": started.job_yaml.decode(),
+        "trials": shown,
+    }  # fmt: skip
+    return fields | ({"checkpoint": shown["best"]["checkpoint"]} if now.state == "completed" else {})
 
 
 async def _timing(
@@ -174,11 +197,15 @@ async def _brief(store: Store, listing: JobListing) -> dict[str, Any]:
     if started is None:
         return fields | await _unstarted(store, start)
     job, now = decode(started.spec_json), await control.now(store, start)
+    fields |= {"kind": job.kind, "state": now.state, "reason": now.reason}
+    if job.sweep is not None:
+        tried = await trials.read_all(store, start)
+        ended = sum(trial.ended is not None for trial in tried)
+        return fields | {"step": ended, "steps": job.sweep.planned, "sweep": True}
     step = await newest_step(store, start)
     last = await damage.unless(read(store, start.trained(step - 1), Trained), None) if step else None
-    kind: Kind = job.kind
     steps = job.steps if isinstance(job, RlJob) or job.steps is not None else None if last is None else last.steps
-    return fields | {"kind": kind, "state": now.state, "reason": now.reason, "step": step, "steps": steps}
+    return fields | {"step": step, "steps": steps}
 
 
 async def _bill(services: JobServices, start: Start) -> object:
@@ -196,6 +223,7 @@ def _blank(listing: JobListing) -> dict[str, Any]:
     start = listing.start
     return {
         "job": start.job, "start": start.id, "kind": None, "state": "waiting", "reason": "", "step": 0, "steps": None,
+        "sweep": False, "trial_of": names.sweep_of(start.job) or None,
         "created_at": datetime.fromtimestamp(listing.at, UTC).isoformat(),
     }  # fmt: skip
 

@@ -14,14 +14,18 @@ from knapper.ids import RunId, SessionId, Tenant
 from knapper.state import layout
 from knapper.state.layout import ObjectKind
 
-_JOB = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_CHOSEN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_JOB = re.compile(rf"{_CHOSEN.pattern}(\.[1-9][0-9]{{0,3}})?")  # with the number of a sweep's trial
 _START = re.compile(r"[0-9a-f]{16}")
 _ARTIFACT = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,127}/){0,2}[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
+_CHOSEN_ALLOWED = "1 to 63 small letters, digits and '-', the first a letter or digit"
+
 JOB_YAML, JOB_ERROR = "job.yaml", "job.error.json"
 Round = Literal["steps", "evaluations"]
+FINAL = "final"  # the checkpoint of a job that is completed
 STEP = "step-"  # checkpoints of versions while the job needs them
 
 
@@ -31,10 +35,27 @@ def step_name(version: int) -> str:
 
 
 def job(value: str) -> str:
-    """The name, checked. Raises InvalidField."""
+    """The name of any job, checked. Raises InvalidField."""
     if not _JOB.fullmatch(value):
-        raise InvalidField("job", value, "1 to 63 small letters, digits and '-', the first a letter or digit")
+        raise InvalidField("job", value, f"{_CHOSEN_ALLOWED}; of a sweep's trial, '.' and its number after them")
     return value
+
+
+def chosen(value: str) -> str:
+    """A name that people give to a job, checked. Raises InvalidField."""
+    if not _CHOSEN.fullmatch(value):
+        raise InvalidField("job", value, _CHOSEN_ALLOWED)
+    return value
+
+
+def trial(sweep: str, n: int) -> str:
+    """The job of a sweep's trial, from 1: a name that nobody else can choose."""
+    return f"{sweep}.{n}"
+
+
+def sweep_of(name: str) -> str:
+    """The sweep whose trial has this name; empty for any other job."""
+    return name.rpartition(".")[0]
 
 
 def file(value: str) -> str:
@@ -127,6 +148,22 @@ class Start:
     @property
     def refusals(self) -> str:
         return ObjectKind.JOB_REFUSAL.under(*self._fields)
+
+    @property
+    def trials(self) -> str:
+        """The prefix of a sweep's trials."""
+        return ObjectKind.JOB_TRIAL.under(*self._fields)
+
+    def trial(self, n: int) -> "Start":
+        """The start of a sweep's trial, from 1: a function of this one."""
+        return Start.of(self.tenant, trial(self.job, n), f"trial of {self.id}")
+
+    def tried(self, n: int) -> str:
+        """The values of a trial, from 1."""
+        return ObjectKind.JOB_TRIAL.key(*self._fields, n)
+
+    def trial_ended(self, n: int) -> str:
+        return ObjectKind.JOB_TRIAL_ENDED.key(*self._fields, n)
 
     def taken(self, function: str) -> str:
         """When a process of the function began to work on it."""

@@ -13,6 +13,7 @@ from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline, ProgressReader
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import AnyJob, decode
+from knapper.jobs.sweep import trials
 from knapper.state import damage, layout
 from knapper.state.job_records import Control, Evaluated, Started, Trained, read
 from knapper.state.layout import last_number
@@ -82,7 +83,7 @@ def evaluation(job: AnyJob, evaluations: dict[int, Evaluated], steps: int) -> di
 
 async def publish_evaluations(services: JobServices, folder: Folder, steps: int) -> None:
     summary = evaluation(folder.job, await evaluations(services.store, folder.start), steps)
-    await _publish_json(services, folder.start, "evaluation.json", summary)
+    await publish_json(services, folder.start, "evaluation.json", summary)
 
 
 async def publish_status(services: JobServices, started: Started) -> None:
@@ -90,7 +91,7 @@ async def publish_status(services: JobServices, started: Started) -> None:
     start = Start(Tenant(started.tenant), started.job, started.start)
     now = await control.now(services.store, start)
     while not (now.state == "deleted" or (now.state == "cancelled" and now.reason.startswith(control.REPLACED))):
-        await _publish_json(services, start, "status.json", await _status(services, start, started, now))
+        await publish_json(services, start, "status.json", await _status(services, start, started, now))
         before, now = now, await control.now(services.store, start)
         if now == before:  # else a newer status may just have been overwritten
             return
@@ -98,6 +99,8 @@ async def publish_status(services: JobServices, started: Started) -> None:
 
 async def _status(services: JobServices, start: Start, started: Started, now: Control) -> dict[str, Any]:
     job, at = decode(started.spec_json), services.clock()
+    if job.sweep is not None:
+        return await _status_of_sweep(services, start, started, now)
     steps, most = job.steps, job.steps if job.steps is not None else limits.job_steps_max
     outline = Outline(start, job, started.held_out)
     done = await ProgressReader(services.store).look(outline, most)
@@ -117,10 +120,23 @@ async def _status(services: JobServices, start: Start, started: Started, now: Co
     }  # fmt: skip
 
 
+async def _status_of_sweep(services: JobServices, start: Start, started: Started, now: Control) -> dict[str, Any]:
+    """`step` and `steps` count its trials: those that have ended, and all if that is known."""
+    job = decode(started.spec_json)
+    assert job.sweep is not None, "the caller has looked"
+    tried = await trials.read_all(services.store, start)
+    ended = sum(trial.ended is not None for trial in tried)
+    return {
+        "job": start.job, "start": start.id, "kind": job.kind, "state": now.state, "reason": now.reason,
+        "step": ended, "steps": job.sweep.planned, "activity": None, "at": iso(services.clock()),
+        "base_model": started.base_model, "sweep": True,
+    }  # fmt: skip
+
+
 async def publish_bill(services: JobServices, folder: Folder, bill: dict[str, Any]) -> None:
-    await _publish_json(services, folder.start, "bill.json", bill)
+    await publish_json(services, folder.start, "bill.json", bill)
 
 
-async def _publish_json(services: JobServices, start: Start, name: str, value: dict[str, Any]) -> None:
+async def publish_json(services: JobServices, start: Start, name: str, value: dict[str, Any]) -> None:
     data = msgspec.json.format(msgspec.json.encode(value)) + b"\n"
     await services.exchange.publish(where(start, name), data)

@@ -7,14 +7,14 @@ import structlog
 
 from knapper import limits
 from knapper.errors import KnapperError, QuotaUsedUp, UserError
-from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
-from knapper.jobs import control, notifications, outputs, progress
+from knapper.jobs import bells, control, names, notifications, outputs
 from knapper.jobs.inbox import look
 from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline, ProgressReader
 from knapper.jobs.services import JobServices
-from knapper.jobs.spec import DpoJob, RlJob, decode
+from knapper.jobs.spec import AnyJob, DpoJob, decode
+from knapper.jobs.sweep import dispatch, halting, trials
 from knapper.state import damage
 from knapper.state.job_records import Started, Waiting, read
 from knapper.state.layout import ObjectKind
@@ -98,7 +98,7 @@ async def _awaited(services: JobServices, start: Start) -> list[Event]:
         if waiting is None or services.clock() - waiting.since >= limits.job_missing_s:
             await services.store.delete(start.expected)
         raise
-    return [] if begun is None else [await first(services, begun)]
+    return [] if begun is None else await first(services, begun)
 
 
 async def _stalled(services: JobServices, seen: Seen, start: Start, quiet_s: float) -> list[Event]:
@@ -107,10 +107,15 @@ async def _stalled(services: JobServices, seen: Seen, start: Start, quiet_s: flo
     started = before.started if before is not None else await read(store, start.started, Started)
     if started is None:
         return await _unstarted(services, start)
-    if not await control.runs(store, start):
+    job = decode(started.spec_json)
+    if not await _may_run(services, start, started, job):
         await store.delete(start.working)
         seen.known.pop(start, None)
         return []
+    if job.sweep is not None:
+        rung = await dispatch.advance(services, start)
+        seen.known[start] = _since(before, started, len(await store.list(start.trials)), services.clock())
+        return rung
     paused = (await control.now(store, start)).reason.startswith(control.PAUSED)
     if paused and not await _has_quota(services, start, started):
         seen.paused = True
@@ -118,12 +123,26 @@ async def _stalled(services: JobServices, seen: Seen, start: Start, quiet_s: flo
     position, now = await _position(services, seen, start, started), services.clock()
     if paused:
         before = _Known(started, position, float("-inf"))
-    if before is None or before.position != position:
-        seen.known[start] = before = _Known(started, position, now)
+    seen.known[start] = before = _since(before, started, position, now)
     if now - before.since < quiet_s:
         return []
     seen.known[start] = _Known(started, position, now, notified=True)
-    return await again(services, started, start)
+    return await bells.again(services, started, start)
+
+
+async def _may_run(services: JobServices, start: Start, started: Started, job: AnyJob) -> bool:
+    """Whether the job runs, and its sweep, if it is a trial; ends what must not go on without it."""
+    sweep = trials.of_trial(start, started)
+    if sweep is not None and not await control.runs(services.store, sweep):
+        await halting.halt_trial(services, start)
+    runs = await control.runs(services.store, start)
+    if not runs and job.sweep is not None:
+        await halting.halt(services, start)
+    return runs
+
+
+def _since(before: _Known | None, started: Started, position: object, now: float) -> _Known:
+    return before if before is not None and before.position == position else _Known(started, position, now)
 
 
 async def _has_quota(services: JobServices, start: Start, started: Started) -> bool:
@@ -152,38 +171,18 @@ async def _position(services: JobServices, seen: Seen, start: Start, started: St
 
 
 async def _unstarted(services: JobServices, start: Start) -> list[Event]:
-    """The process that was starting the job died, or is about to finish."""
-    begun = await look(services, start.tenant, start.job)
+    """The process that was starting the job died, or is about to finish. A trial's job is begun by its sweep again."""
+    begun = None if names.sweep_of(start.job) else await look(services, start.tenant, start.job)
     await services.store.delete(start.working)
     if await services.store.get(start.started) is not None:
         await services.store.put_if_absent(start.working, b"")
-    return [] if begun is None else [await first(services, begun)]
+    return [] if begun is None else await first(services, begun)
 
 
-async def first(services: JobServices, start: Start) -> Event:
-    """The doorbell that begins a started job."""
+async def first(services: JobServices, start: Start) -> list[Event]:
+    """The doorbell that begins a started job; of a sweep, those of its first trials."""
     started = await read(services.store, start.started, Started)
     assert started is not None, "the caller has seen it"
-    return notifications.started(started)
-
-
-async def again(services: JobServices, started: Started, start: Start) -> list[Event]:
-    """A doorbell for each function that has work to do for the job."""
-    when = int(services.clock() * 1e3)
-    job = decode(started.spec_json)
-    if not isinstance(job, RlJob):
-        return [notifications.revived(started, start, cloudevents.JOB_STARTED, 0, when)]  # only train_step has work
-    outline = Outline(start, job, started.held_out)
-    now = await ProgressReader(services.store).look(outline, job.steps)
-    steps: dict[str, int] = {}  # by event type
-    for kind, n, prompts in progress.rounds(outline, job, now):
-        parts = now.parts(kind, n)
-        if len(parts.rollouts) < prompts:
-            steps.setdefault(cloudevents.JOB_STARTED, now.trained)
-        elif len(parts.scores) < prompts:
-            steps.setdefault(cloudevents.ROLLOUTS_SAMPLED, n)
-        elif kind == "evaluations" or n == now.trained:
-            steps.setdefault(cloudevents.ROLLOUTS_SCORED, n)
-    if progress.finished(outline, now, job.steps):
-        steps[cloudevents.ROLLOUTS_SCORED] = now.trained
-    return [notifications.revived(started, start, what, step, when) for what, step in steps.items()]
+    if decode(started.spec_json).sweep is not None:
+        return await dispatch.advance(services, start)
+    return [notifications.started(started)]

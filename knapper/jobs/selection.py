@@ -38,6 +38,10 @@ def metric(job: AnyJob) -> str:
     return job.evaluate.metric if isinstance(job, DpoJob) and job.evaluate is not None else "loss/mean"
 
 
+def lower_is_better(name: str) -> bool:
+    return name in _LOWER_IS_BETTER
+
+
 def best(job: AnyJob, evaluations: Mapping[int, Evaluated]) -> int | None:
     """The best version, of several equal ones the first; None before the first evaluation of a trained one."""
     scores = _scores(job, evaluations)
@@ -97,6 +101,6 @@ async def history(store: Store, start: Start) -> dict[int, Evaluated]:
 def _scores(job: AnyJob, evaluations: Mapping[int, Evaluated]) -> dict[int, float]:
     """Of trained versions, in order; higher is better, and what is not a number is worse than all."""
     name = metric(job)
-    sign = -1.0 if name in _LOWER_IS_BETTER else 1.0
+    sign = -1.0 if lower_is_better(name) else 1.0
     values = {version: evaluations[version].metrics[name] for version in sorted(evaluations) if version}
     return {version: -math.inf if math.isnan(value) else sign * value for version, value in values.items()}

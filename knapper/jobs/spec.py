@@ -3,8 +3,9 @@
 The comment behind a field says what it means; `docs/jobs.md` has them all, and a test that it does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -12,6 +13,10 @@ from msgspec import Meta
 from knapper import limits
 from knapper.errors import InvalidField, UserError
 from knapper.jobs import yaml_document
+from knapper.jobs.spec_part import Seed, SpecPart
+from knapper.jobs.sweep import points
+from knapper.jobs.sweep import spec as sweeps
+from knapper.jobs.sweep.spec import SweepSpec
 from knapper.jobs.yaml_document import Document, JobError
 from knapper.rewards import spec as rewards
 from knapper.text.suggestions import did_you_mean
@@ -19,18 +24,15 @@ from knapper.wire import json
 
 Kind = Literal["rl", "sft", "dpo", "episodes"]
 KINDS: tuple[Kind, ...] = ("rl", "sft", "dpo", "episodes")
+DpoMetric = Literal["loss/mean", "margin/mean", "accuracy/mean"]
+DPO_METRICS: tuple[str, ...] = get_args(DpoMetric)
 Advantage = Literal["group_normalised", "group_centred"]
 File = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]  # beside job.yaml
 Role = Annotated[str, Meta(pattern=r"^[a-z][a-z_]{0,31}$")]
 Count = Annotated[int, Meta(ge=1, le=limits.job_steps_max)]
 Tokens = Annotated[int, Meta(ge=1, le=2**20)]
-Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Factor = Annotated[float, Meta(ge=0, le=1e6)]
 Unit = Annotated[float, Meta(ge=0, lt=1)]
-
-
-class SpecPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all."""
 
 
 class LoraSpec(SpecPart, frozen=True, kw_only=True):
@@ -115,7 +117,7 @@ class RlEvaluate(Evaluate, frozen=True, kw_only=True):
 
 
 class DpoEvaluate(Evaluate, frozen=True, kw_only=True):
-    metric: Literal["loss/mean", "margin/mean", "accuracy/mean"] = "loss/mean"  # of the best, for keep and stop_early
+    metric: DpoMetric = "loss/mean"  # of the best, for keep and stop_early
 
 
 class StopEarly(SpecPart, frozen=True, kw_only=True):
@@ -136,6 +138,7 @@ class JobSpec(SpecPart, frozen=True, kw_only=True):
     seed: Seed = 0  # of the data's order, and of the samples
     keep: Literal["last", "best"] = "last"  # the version whose adapter the job publishes
     stop_early: StopEarly | None = None
+    sweep: SweepSpec | None = None  # the job stands for many, and this is the first of them
 
     @property
     def files(self) -> list[str]:
@@ -212,14 +215,23 @@ TYPES: dict[Kind, AnyType] = {"rl": RlJob, "sft": SftJob, "dpo": DpoJob, "episod
 
 @dataclass(frozen=True)
 class Parsed:
-    """The job, and the lines of its fields, for errors found later."""
+    """The job, and the lines of its fields, for errors found later.
+
+    `jobs`: of a sweep, those that its trials can be, the first of which `job` is; else the job alone.
+    """
 
     job: AnyJob
     document: Document
+    jobs: Sequence[AnyJob]
+
+    @property
+    def files(self) -> list[str]:
+        """The files beside job.yaml that it needs, each once."""
+        return list(dict.fromkeys(name for job in self.jobs for name in job.files))
 
     def wrong(self, error: UserError) -> JobError:
         """The error of a field, with its line."""
-        return _located(self.document, error)
+        return _located(self.document, _of_sweep(self.job.sweep, error))
 
 
 def parse(data: bytes) -> Parsed:
@@ -236,11 +248,60 @@ def parse(data: bytes) -> Parsed:
         todo = f"{did_you_mean(str(kind), KINDS)} Say what the job does".strip()
         raise JobError(document.line(("kind",)), "kind", kind, ", ".join(KINDS), todo)
     try:
-        job: AnyJob = json.decode(msgspec.json.encode(content), TYPES[kind])
-        _check(job)
-        return Parsed(job, document)
+        return _swept(document, kind) if "sweep" in content else _alone(document, kind)
     except UserError as error:
         raise _located(document, error) from error
+
+
+def _alone(document: Document, kind: Kind) -> Parsed:
+    job = _job(document.content, kind)
+    return Parsed(job, document, [job])
+
+
+def _job(content: dict[str, Any], kind: Kind) -> AnyJob:
+    """Raises InvalidField."""
+    job: AnyJob = json.decode(msgspec.json.encode(content), TYPES[kind])
+    _check(job)
+    return job
+
+
+def _swept(document: Document, kind: Kind) -> Parsed:
+    """Every job that the sweep can lead to is checked as if it stood alone."""
+    content = document.content
+    sweep = sweeps.parse(content["sweep"])
+    jobs = []
+    for point in points.checked(sweep):
+        try:
+            jobs.append(_job(points.applied(content, point), kind))
+        except UserError as error:
+            raise _of_sweep(sweep, error) from error
+    _check_compared(jobs[0], sweep)
+    return Parsed(msgspec.structs.replace(jobs[0], sweep=sweep), document, jobs)
+
+
+def _of_sweep(sweep: SweepSpec | None, error: UserError) -> UserError:
+    """The error of a field whose value the sweep gives."""
+    if sweep is None or not isinstance(error, InvalidField) or error.field is None:
+        return error
+    given = [
+        field for field in sweep.over if error.field == field or error.field.startswith((f"{field}.", f"{field}["))
+    ]
+    if not given:
+        return error
+    return InvalidField(f"{sweeps.OVER}.{error.field}", error.value, error.allowed, error.todo)
+
+
+def _check_compared(job: AnyJob, sweep: SweepSpec) -> None:
+    """Raises InvalidField unless held-out rows say which trial is the best."""
+    if isinstance(job, EpisodesJob):
+        raise InvalidField("sweep", "there", "none for episodes, of which nothing is held out to compare trials by")
+    if job.evaluate is None:
+        raise InvalidField("sweep", "there", "only beside `evaluate:`, whose held-out rows say which trial is the best")
+    if isinstance(job, RlJob) and job.environment is None:
+        return  # the names of its terms are known once the reward is read
+    known = DPO_METRICS if isinstance(job, DpoJob) else ("reward/mean",) if isinstance(job, RlJob) else ("loss/mean",)
+    if sweep.metric not in (None, *known):
+        raise InvalidField("sweep.metric", sweep.metric, f"{' or '.join(known)}, of the evaluation")
 
 
 def decode(data: bytes) -> AnyJob:

@@ -79,7 +79,7 @@ async def job_yaml(services: JobServices, tenant: Tenant, job: str) -> Blob | No
 async def read_files(services: JobServices, tenant: Tenant, job: str, yaml: Blob, parsed: Parsed) -> Upload:
     """The folder with those files that exist. Raises TooLarge."""
     files = {}
-    for name in parsed.job.files:
+    for name in parsed.files:
         at = f"{layout.inbox(tenant, job)}{names.file(name)}"
         if (blob := await services.exchange.read(at, limits.job_file_bytes_max)) is not None:
             files[name] = blob

@@ -111,6 +111,8 @@ class Worker:
             raise InvalidField("subject", str(start), "a job that was started") from error
         if folder.job.kind not in self.kinds:
             raise InvalidField("kind", folder.job.kind, " or ".join(self.kinds))
+        if folder.job.sweep is not None:
+            raise InvalidField("subject", str(start), "a job that is no sweep: its trials are")
         if self.base_model and folder.started.base_model not in (self.base_model, self.directory):
             raise InvalidField("model", folder.started.base_model, repr(self.base_model))
         return folder

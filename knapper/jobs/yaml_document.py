@@ -52,6 +52,7 @@ class JobError(UserError):
 class Document:
     """`content`: maps, lists, texts, numbers, true, false and null. `lines`: of each key and element."""
 
+    text: bytes
     content: Any
     lines: Mapping[Path, int]
 
@@ -87,7 +88,20 @@ def read(data: bytes, bytes_max: int = limits.job_yaml_bytes_max) -> Document:
     if node is None:
         raise JobError(1, "its content", None, "a job: kind, data, steps, ... one `field: value` a line")
     lines: dict[Path, int] = {(): node.start_mark.line + 1}
-    return Document(_content(loader, node, (), lines), lines)
+    return Document(data, _content(loader, node, (), lines), lines)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that _Loader would not read as texts."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def write(content: Any) -> bytes:
+    """What `read` reads as this content."""
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text.encode()
 
 
 def _unreadable(data: bytes, error: Exception) -> JobError:
@@ -125,7 +139,7 @@ def _content(loader: _Loader, node: Node, at: Path, lines: dict[Path, int]) -> A
                 raise JobError(here, spoken((*at, key)), "there a second time", "each field once")
             with parsing(partial(_no_name, here, key)):
                 key.encode()
-            lines[(*at, key)] = here
+            lines[(*at, *key.split("."))] = here  # `a.b` has the path of `b` in `a`
             mapping[key] = _content(loader, value_node, (*at, key), lines)
         return mapping
     if isinstance(node, SequenceNode):

@@ -29,6 +29,8 @@ from knapper.state.job_records import (
     Scores,
     Started,
     Trained,
+    Trial,
+    TrialEnded,
     Waiting,
 )
 from knapper.state.journal import bundles
@@ -72,7 +74,7 @@ _RECORDS: Final[tuple[type[Record], ...]] = (
     Alarm, Assignment, CapturedTurn, Checkpoint, Commit, Control, DeadLetter, DrawnSamples, End, Entry,
     EnvironmentAnswers, EpisodeScore, Evaluated, Finish, Index, Key, Manifest, ModelRecord, Operation, ProbeResult,
     Quotas, Refusal, Rollouts, SampledTurns, Sampler, SamplersInUse, Samplings, Scores, Session, Started, Trained,
-    Waiting,
+    Trial, TrialEnded, Waiting,
 )  # fmt: skip
 _HELD: Final[dict[str, Holds]] = {
     layout.EMPTY: Empty(), layout.PART: BundlePart(), layout.NAMED_BY_HASH: NamedByHash(),

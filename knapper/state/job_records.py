@@ -26,6 +26,8 @@ __all__ = [
     "Started",
     "State",
     "Trained",
+    "Trial",
+    "TrialEnded",
     "Waiting",
     "decode",
     "encode",
@@ -38,7 +40,7 @@ State = Literal["running", "cancelled", "failed", "completed", "deleted"]
 class Started(Record, frozen=True, kw_only=True):
     """The complete job specification: everything later is a function of this and of the files."""
 
-    v: int = 3  # 1 had no generations, 2 no source
+    v: int = 4  # 1 had no generations, 2 no source, 3 no sweep
     tenant: str
     job: str
     start: str
@@ -54,6 +56,7 @@ class Started(Record, frozen=True, kw_only=True):
     started_at: float
     generations: dict[str, str] = {}  # of job.yaml and the files, in the exchange
     source: str = ""  # the bundle whose weights the adapter begins with; empty: they are drawn from lora.seed
+    sweep: str = ""  # the start of the sweep that this is a trial of, which has its files; empty: of none
 
 
 class Waiting(Record, frozen=True, kw_only=True):
@@ -252,6 +255,24 @@ class Evaluated(Record, frozen=True, kw_only=True):
     ended_at: float
     device_s: float = 0.0
     stop: bool = False  # the job ends with this version: its stop_early says so
+
+
+class Trial(Record, frozen=True, kw_only=True):
+    """A trial of a sweep has begun. `values`: JSON, by the dotted names of the fields."""
+
+    values: bytes
+    at: float
+
+
+class TrialEnded(Record, frozen=True, kw_only=True):
+    """What a trial came to. `value`: of the sweep's metric; None if it has none, and `reason` says why."""
+
+    state: Literal["completed", "failed", "cancelled", "deleted", "refused"]
+    value: float | None = None
+    reason: str = ""
+    steps: int = 0  # done
+    device_s: float = 0.0  # of its steps and evaluations
+    at: float
 
 
 R = TypeVar("R", bound=Record)

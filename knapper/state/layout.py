@@ -51,8 +51,8 @@ class ObjectKind(Enum):
     # The lists of a tenant
     TENANT_SESSION = ("tenants/<tenant>/sessions/<us>-<session>", EMPTY, "state.tenant_index")
     TENANT_RUN = ("tenants/<tenant>/runs/<us>-<session>/<n>", EMPTY, "state.tenant_index")
-    TENANT_JOB = ("tenants/<tenant>/jobs/<us>/<job>/<start>", EMPTY, "jobs.inbox")
-    TENANT_START = ("tenants/<tenant>/starts/<job>/<us>/<start>", EMPTY, "jobs.inbox")
+    TENANT_JOB = ("tenants/<tenant>/jobs/<us>/<job>/<start>", EMPTY, "jobs.starting")
+    TENANT_START = ("tenants/<tenant>/starts/<job>/<us>/<start>", EMPTY, "jobs.starting")
     # Usage
     USAGE = ("usage/<tenant>/<hour>/<id>", "Samplings", "gateway.sample_usage, jobs.sample_usage")
     LEDGER_LINE = ("used/<tenant>/<hour>/<run>/<line>", EMPTY, "state.ledger_entries")
@@ -82,14 +82,14 @@ class ObjectKind(Enum):
     SECRET = ("secrets/<secret>", "Secret", "state.secrets")
     PROBE_RESULT = ("probes/<fingerprint>/<sha256>", "ProbeResult", "state.probe_results")
     # Jobs: one exists once `started` does.
-    JOB_STARTED = ("jobs/<tenant>/<job>/<start>/started", "Started", "jobs.inbox")
+    JOB_STARTED = ("jobs/<tenant>/<job>/<start>/started", "Started", "jobs.starting")
     JOB_WAITING = ("jobs/<tenant>/<job>/<start>/waiting", "Waiting", "jobs.inbox")
-    JOB_LISTED = ("jobs/<tenant>/<job>/<start>/listed", EMPTY, "jobs.inbox")
+    JOB_LISTED = ("jobs/<tenant>/<job>/<start>/listed", EMPTY, "jobs.starting")
     JOB_TAKEN = ("jobs/<tenant>/<job>/<start>/taken/<function>/<us>", EMPTY, "jobs.activity")
     JOB_AGAIN = ("jobs/<tenant>/<job>/<start>/again/<n>", EMPTY, "jobs.upload")
     JOB_CONTROL = ("jobs/<tenant>/<job>/<start>/control/<n>", "Control", "jobs.control")
     JOB_REFUSAL = ("jobs/<tenant>/<job>/<start>/refused/<n>", "Refusal", "jobs.inbox")
-    JOB_FILE = ("jobs/<tenant>/<job>/<start>/files/<sha256>", NAMED_BY_HASH, "jobs.inbox")
+    JOB_FILE = ("jobs/<tenant>/<job>/<start>/files/<sha256>", NAMED_BY_HASH, "jobs.starting")
     JOB_ROLLOUTS = (
         "jobs/<tenant>/<job>/<start>/<round>/<n>/rollouts/<n>",
         "Rollouts",
@@ -104,7 +104,14 @@ class ObjectKind(Enum):
     JOB_SCORES = ("jobs/<tenant>/<job>/<start>/<round>/<n>/scores/<n>", "Scores", "jobs.scores, jobs.environments")
     JOB_TRAINED = ("jobs/<tenant>/<job>/<start>/<round>/<n>/trained", "Trained", "jobs.runner")
     JOB_EVALUATED = ("jobs/<tenant>/<job>/<start>/<round>/<n>/evaluated", "Evaluated", "jobs.runner")
-    JOB_WORKING = ("working/<tenant>/<job>/<start>", EMPTY, "jobs.inbox, jobs.revive, gateway.jobs")
+    # A sweep's trials, each a job of its own: its values, and what it came to.
+    JOB_TRIAL = ("jobs/<tenant>/<job>/<start>/trials/<n>/values", "Trial", "jobs.sweep.dispatch")
+    JOB_TRIAL_ENDED = ("jobs/<tenant>/<job>/<start>/trials/<n>/ended", "TrialEnded", "jobs.sweep.dispatch")
+    JOB_WORKING = (
+        "working/<tenant>/<job>/<start>",
+        EMPTY,
+        "jobs.starting, jobs.revive, jobs.sweep.dispatch, gateway.jobs",
+    )
     JOB_EXPECTED = ("expected/<tenant>/<job>/<start>", EMPTY, "jobs.inbox")
     # No longer written; stores of early releases have it.
     UPLOAD = ("uploads/<id>", EMPTY, "")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 # What each image needs beside the core. Only the gateway pulls Pub/Sub, but the extra is one.
 EXTRAS = {
-    "gateway/requirements.txt": ("gcp", "traces"),
+    "gateway/requirements.txt": ("gcp", "sweep", "traces"),
     "functions/train_step/requirements.txt": ("train", "gcp", "traces"),
     "functions/sample/requirements.txt": ("train", "gcp", "traces"),
     "functions/sample/requirements-vllm.txt": ("train", "vllm", "gcp", "traces"),

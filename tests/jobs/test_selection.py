@@ -7,8 +7,7 @@ import pytest
 
 from knapper.ids import LOCAL_TENANT, number
 from knapper.jobs import control, listings, schedule, selection, spec
-from knapper.jobs.completion import FINAL
-from knapper.jobs.names import STEP, Start
+from knapper.jobs.names import FINAL, STEP, Start
 from knapper.jobs.spec import AnyJob
 from knapper.jobs.yaml_document import JobError
 from knapper.state.checkpoints import Checkpoints

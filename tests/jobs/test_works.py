@@ -405,7 +405,7 @@ def test_bells_that_nobody_should_have_rung_are_poison_and_harm_no_job(
     async def story() -> None:
         works = Works(house)
         begun = await works.submit(JOBS["sft"])
-        there = await revive.first(works.services, begun)
+        (there,) = await revive.first(works.services, begun)
         wrongs: tuple[tuple[Function, Event], ...] = (
             ("sample", there),  # of a job that has nothing to sample
             ("reward", there),

@@ -10,8 +10,9 @@ import random
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +41,7 @@ from knapper.jobs.runner import Training
 from knapper.jobs.scores import Judge, Scoring
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import KINDS, Kind
+from knapper.jobs.sweep import dispatch
 from knapper.jobs.worker import Worker
 from knapper.rewards.rollouts import ScorableRollout
 from knapper.rewards.scorer import RewardScore
@@ -55,6 +57,7 @@ from tests.engine.tiny import tiny_model
 from tests.jobs.services import Clock, Folder, serve
 
 FUNCTIONS: tuple[Function, ...] = ("sample", "reward", "train_step")
+Process = Function | Literal["gateway"]
 CONTEXT = 512
 SAMPLED_BY = "engine float32"
 CHAT = (
@@ -106,17 +109,20 @@ class Works:
         self.sandbox = Sandbox()  # for environments; a story that uses it closes it
         self.log: list[Event] = []
         self._die = random.Random(seed)
-        self._queue: list[tuple[Function, Event]] = []
+        self._queue: list[tuple[Process, Event]] = []
         self._seen = Seen()
         self._lives = itertools.count()
         self._processes: dict[str, Callable[[Event], Awaitable[None]]] = {}
         self.services = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
-        for name in FUNCTIONS:
+        for name in (*FUNCTIONS, "gateway"):
             self._begin(name)
 
-    def _begin(self, name: Function) -> None:
+    def _begin(self, name: Process) -> None:
         """A process with an empty memory."""
         services = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock, self.prices)
+        if name == "gateway":
+            self._processes[name] = partial(_after, services)
+            return
         kinds: Sequence[Kind] = KINDS if name == "train_step" else ["rl"]
         worker = Worker(
             name,
@@ -172,7 +178,8 @@ class Works:
         self.folder.put(job, files)
         begun = await inbox.look(self.services, LOCAL_TENANT, job)
         assert begun is not None, self.folder.files.get(f"inbox/local/{job}/job.error.json")
-        await self.post(await revive.first(self.services, begun))
+        for event in await revive.first(self.services, begun):
+            await self.post(event)
         return begun
 
     async def run(self, begun: Start, turns_max: int = 3000) -> None:
@@ -213,7 +220,7 @@ class Works:
         chosen = [self._queue.pop(min(at, len(self._queue) - 1)) for _ in range(count)]
         await asyncio.gather(*(self._call(target, event) for target, event in chosen))
 
-    async def _call(self, target: Function, event: Event) -> None:
+    async def _call(self, target: Process, event: Event) -> None:
         task = asyncio.ensure_future(self._processes[target](event))
         if self._die.random() < self.malice.kill:
             for _ in range(self._die.randint(0, 400)):
@@ -244,16 +251,24 @@ class Works:
         return self.output("adapter/adapter_model.safetensors", job)
 
 
+async def _after(services: JobServices, event: Event) -> None:
+    """What the gateway does when a job has ended."""
+    for rung in await dispatch.go_on_after(services, Start.parse(event.subject)):
+        await services.notifier.post(rung)
+
+
 async def variety(_reward: Reward, rollouts: Sequence[ScorableRollout]) -> list[RewardScore]:
     """How many different characters a completion has: even a tiny random model's differ in that."""
     return [RewardScore(len(set(rollout.completion)) / 6, {}) for rollout in rollouts]
 
 
-def triggered(event: Event) -> list[Function]:
+def triggered(event: Event) -> list[Process]:
     """Whom the Triggers send it to."""
     if event.type in (cloudevents.JOB_STARTED, cloudevents.ADAPTER_STEPPED):
         return ["sample"] if event.kind == "rl" else ["train_step"]
-    after: dict[str, list[Function]] = {
+    if event.type in cloudevents.JOB_ENDED:
+        return ["gateway"]
+    after: dict[str, list[Process]] = {
         cloudevents.ROLLOUTS_SAMPLED: ["reward"],
         cloudevents.ROLLOUTS_SCORED: ["train_step"],
         cloudevents.ROLLOUTS_ANSWERED: ["sample"],

@@ -46,4 +46,5 @@ TRIGGERS: Final = (
         ),
     ),
     Trigger("gateway", ({"type": cloudevents.OBJECT_FINALIZED},), prefix="objects/inbox/"),
+    Trigger("gateway", tuple({"type": ended} for ended in cloudevents.JOB_ENDED)),
 )

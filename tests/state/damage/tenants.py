@@ -31,6 +31,7 @@ from knapper.state.job_records import (
     Scores,
     Spent,
     Trained,
+    TrialEnded,
     Waiting,
     encode,
 )
@@ -52,6 +53,9 @@ _TERMS = Terms(device="cpu", dtype="float32", threads=1, versions="")
 _JOB = {
     "job.yaml": "kind: sft\ndata: d.jsonl\nsteps: 3\nbase_model: tiny/model\n",
     "d.jsonl": '{"prompt": "a", "completion": "b"}\n',
+}
+_SWEEP = _JOB | {
+    "job.yaml": _JOB["job.yaml"] + "evaluate: {data: d.jsonl}\nsweep: {over: {lora.rank: [2, 4, 8]}, at_once: 2}\n"
 }
 
 
@@ -130,12 +134,19 @@ def _lived(server: Server, client: TestClient, tenant: Tenant) -> dict[str, Any]
     started = ask("POST", "jobs", json={"name": "second", "files": _JOB})
     refused = ask("POST", "jobs", json={"name": "wrong", "files": {**_JOB, "job.yaml": "kind: nonsense\n"}})
     ask("POST", "jobs/second/cancel")
+    swept = ask("POST", "jobs", json={"name": "sweep", "files": _SWEEP})  # its trials begin
+    ask("POST", "jobs/sweep.1/cancel")
+    ask("POST", "jobs/sweep/cancel")
     captures = Captures(server.store, lambda: AT, lambda: "e" * 32)
     for name in ("first", "second"):
         asyncio.run(captures.keep(tenant, EpisodeName("group", name), captured_turn()))
         ask("POST", f"captures/group/{name}/score", json={"score": 0.5})
     start = Start(tenant, "second", started["start"])
     asyncio.run(_worked(server.store, tenant, runs, SessionId(sessions[0]), start))
+    for n in (1, 2):
+        ended = TrialEnded(state="cancelled", reason="cancelled by its owner", at=AT)
+        key = Start(tenant, "sweep", swept["start"]).trial_ended(n)
+        asyncio.run(server.store.put_if_absent(key, encode(ended)))
     for run in runs[:2]:
         path = asyncio.run(_saved(server.store, tenant, run))
         asyncio.run(_snapshot(server.store, tenant, run))
