@@ -102,6 +102,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "cuda", "mps", "cpu"],
         Meta(description="The device; auto: cuda, else cpu. mps is untested: docs/models.md; vLLM: docs/vllm.md."),
     ] = "auto"
+    devices: Annotated[
+        int, Meta(ge=1, le=64, description="Devices that the base model is spread over, a process each: docs/ranks.md.")
+    ] = 1
+    rank_timeout_s: Annotated[
+        float,
+        Meta(gt=0, le=86400, description="With several devices: a rank that takes longer is lost, and all start anew."),
+    ] = 600.0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Meta(description="Of the base weights; auto: the faster one, measured. A run keeps its own: docs/models.md."),

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -56,6 +57,9 @@ from knapper.store import Store
 from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
+if TYPE_CHECKING:
+    from knapper.engine.ranks.leader import Leader
+
 # With some 64 rows a CPU's matrix products are saturated, and more rows only add latency. A GPU reads all weights for
 # each step, whatever the rows: there the memory for keys and values decides.
 _SLOTS_CPU_MAX = 64
@@ -68,12 +72,15 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model, the account of memory, the device's thread's number of threads, and which bits products keep."""
+    """The model, the account of memory, the device's thread's number of threads, which bits products keep, and the
+    other ranks, if the model is spread.
+    """
 
     model: Model
     account: Account
     threads: int
     exactness: Exactness
+    ranks: "Leader | None"
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ def engine() -> ServingEngine:
     executor, loaded = _open_device(settings, device, store)
     model, account = loaded.model, loaded.account
     metrics.stage("weights", time.monotonic() - began)
-    trainer = Trainer(model, account.rows_max, account.datum_rows_max)
+    trainer = Trainer(model, account.rows_max, account.datum_rows_max, loaded.ranks)
     machine = TrainingMachine(trainer, executor, time.monotonic)
     terms = _terms(device, model, loaded.threads)
     _log_loaded(settings, model, terms, _promise(loaded.exactness, device), time.monotonic() - began)
@@ -194,7 +201,9 @@ def _open_device(settings: Settings, device: torch.device, store: Store) -> tupl
         raise
     finally:
         torch.set_num_threads(1)  # for all threads but the device's: see _load
-    atexit.register(executor.close)  # torch aborts if the interpreter goes away under its thread
+    if loaded.ranks is not None:
+        atexit.register(loaded.ranks.close)
+    atexit.register(executor.close)  # before the ranks; torch aborts if the interpreter goes away under its thread
     return executor, loaded
 
 
@@ -223,7 +232,9 @@ def _account(settings: Settings, model: Model, planned: int) -> Account:
     `planned`: bytes that engines of other models will take. Those that may still come leave this one its part.
     """
     is_cpu = model.device.type == "cpu"
-    left = max(0, hardware.memory_left(model.device) - planned) // (settings.engines if is_cpu else 1)
+    left = max(0, hardware.memory_left(model.device) - planned) // (
+        settings.engines * settings.devices if is_cpu else 1
+    )
     samples = settings.sampler != "vllm"
     parts = ModelBytes.of(model, model.weights_bytes)
     account = memory.divide(left, parts, settings.kv_memory, is_cpu=is_cpu, samples=samples)
@@ -281,7 +292,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     something unavailable.
     """
     yield from ()
-    threads = settings.threads or torch.get_num_threads()
+    threads = settings.threads or max(1, torch.get_num_threads() // (settings.devices if device.type == "cpu" else 1))
     torch.set_num_threads(threads)
     dtype = dtype_for(settings.dtype, device)
     choices = _choices(settings, device, store)
@@ -291,7 +302,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     try:
         with reservations.turn() if shares else nullcontext(0) as planned:
             expect_loadable(settings, device, dtype.itemsize, planned)
-            model = load(Path(settings.model_directory), dtype, device, exactness, settings.context)
+            model, ranks = _loaded_model(settings, dtype, device, exactness)
             account = _account(settings, model, planned)
             if shares:
                 reservations.write(account.total)
@@ -303,8 +314,19 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     else:
         if choices is not None:
             choices.flush()  # once on each kind of CPU; from here on no other thread is at work
-        return Loaded(model, account, threads, exactness)
+        return Loaded(model, account, threads, exactness, ranks)
     raise failed  # without the traceback, whose frames hold the weights
+
+
+def _loaded_model(
+    settings: Settings, dtype: torch.dtype, device: torch.device, exactness: Exactness
+) -> "tuple[Model, Leader | None]":
+    """The model, and the ranks that it is spread over, if there are others."""
+    if settings.devices == 1:
+        return load(Path(settings.model_directory), dtype, device, exactness, settings.context), None
+    from knapper.engine.ranks.start import start  # torch.distributed: seconds, which one device never needs
+
+    return start(settings, dtype, device, exactness, time.monotonic)
 
 
 def _choices(settings: Settings, device: torch.device, store: Store) -> StoredChoices | None:

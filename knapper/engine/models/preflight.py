@@ -16,8 +16,9 @@ from knapper.engine import host_memory
 from knapper.engine.hardware import device_for, memory_left, take_memory
 from knapper.engine.layers.determinism import keep_bits_on_gpu
 from knapper.engine.models import weight_files
+from knapper.engine.models.config import computed_by
 from knapper.engine.models.loader import expect_architecture
-from knapper.errors import KnapperError, UserError, WaitsForMemory
+from knapper.errors import InvalidField, KnapperError, UserError, WaitsForMemory
 from knapper.settings import Settings
 from knapper.text.sizes import sized
 
@@ -25,8 +26,30 @@ REFUSED: Final = 3
 _LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # bytes of a number, by KNAPPER_DTYPE
 
 
+SPREADS_NATIVE: Final = "1 for a model that transformers computes: only native ones are spread (docs/models.md)"
+
+
+def expect_devices(settings: Settings) -> None:
+    """Raises InvalidField for a number of devices over which this process cannot spread its model."""
+    if settings.devices == 1:
+        return
+    name, device = "KNAPPER_DEVICES", device_for(settings.device)
+    if device.type == "mps":
+        raise InvalidField(name, settings.devices, "1 on mps")
+    if device.type == "cuda" and settings.devices > (cards := torch.cuda.device_count()):
+        raise InvalidField(name, settings.devices, f"1 to {cards}, the GPUs that this process sees")
+    if settings.engines > 1:
+        raise InvalidField(name, settings.devices, f"1 while {settings.engines} base models share this machine")
+    if settings.pod_snapshot:
+        raise InvalidField(name, settings.devices, "1 with KNAPPER_POD_SNAPSHOT: a copy would be of one rank alone")
+    directory = Path(settings.model_directory)
+    if (directory / "config.json").is_file() and computed_by(directory) != "native":
+        raise InvalidField(name, settings.devices, SPREADS_NATIVE)
+
+
 def expect_device(settings: Settings) -> torch.device:
     """The device of the settings, with its memory capped at their share. Raises InvalidField."""
+    expect_devices(settings)
     device = device_for(settings.device)
     if device.type != "cpu" and settings.batch_invariant == "true":
         keep_bits_on_gpu()
@@ -45,7 +68,10 @@ def expect_loadable(settings: Settings, device: torch.device, least_bytes: int |
     expect_architecture(directory)
     if any(directory.glob("*.safetensors")):  # none before the download
         bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
-        needed = weight_files.unpacked_bytes(directory, bytes_each, kept_twice=device.type == "cpu")
+        packs = device.type == "cpu" and settings.devices == 1
+        needed = weight_files.unpacked_bytes(directory, bytes_each, kept_twice=packs)
+        if device.type == "cuda":
+            needed //= settings.devices  # a shard on each; what is gathered of them the account of memory counts
         _expect_memory(settings, device, needed, planned)
 
 
