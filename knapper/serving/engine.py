@@ -146,7 +146,7 @@ def engine() -> ServingEngine:
     metrics.stage("weights", time.monotonic() - began)
     trainer = Trainer(model, account.rows_max, account.datum_rows_max, loaded.ranks)
     machine = TrainingMachine(trainer, executor, time.monotonic)
-    terms = _terms(device, model, loaded.threads)
+    terms = _terms(device, model, loaded.threads, spread=loaded.ranks is not None)
     _log_loaded(settings, model, terms, _promise(loaded.exactness, device), time.monotonic() - began)
     sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device, model.dtype), account)
     metrics.Readings([*readings(machine, sampler), *memory_readings(account)])
@@ -402,11 +402,12 @@ def _by_position(shares: Sequence[float]) -> dict[str, float]:
     return {str(index + 1): shares[index] if index < len(shares) else 0.0 for index in range(_TOP_RUNS)}
 
 
-def _terms(device: torch.device, model: Model, threads: int) -> Terms:
+def _terms(device: torch.device, model: Model, threads: int, *, spread: bool) -> Terms:
+    """Of shards the products are others, whatever their number."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
     return Terms(
-        device=f"{device.type} {name} {capability}",
+        device=f"{device.type} {name} {capability}{', in shards' if spread else ''}",
         dtype=str(model.dtype).removeprefix("torch."),
         threads=threads,
         versions=", ".join((f"torch {torch.__version__}", *model.versions)),

@@ -68,6 +68,10 @@ class Shards:
         """Of all parts, whole."""
         return sum(part.nbytes for part in self._parts.values())
 
+    def bytes_of(self, part: int) -> int:
+        """Of a part, whole."""
+        return self._parts[part].nbytes
+
     def add(self, part: int, linears: Linears) -> None:
         """Keep this rank's shard of the matrices; they are whole nowhere from here on, until they are gathered."""
         module, owners = nn.Module(), [owner for linear in linears for owner in _owners(linear)]
