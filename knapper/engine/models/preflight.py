@@ -16,35 +16,24 @@ from knapper.engine import host_memory
 from knapper.engine.hardware import device_for, memory_left, take_memory
 from knapper.engine.layers.determinism import keep_bits_on_gpu
 from knapper.engine.models import weight_files
-from knapper.engine.models.config import computed_by
 from knapper.engine.models.loader import expect_architecture
+from knapper.engine.models.spread import expect_spreadable
 from knapper.errors import InvalidField, KnapperError, UserError, WaitsForMemory
-from knapper.settings import Settings
+from knapper.settings import Settings, variable
 from knapper.text.sizes import sized
 
 REFUSED: Final = 3
 _LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # bytes of a number, by KNAPPER_DTYPE
 
 
-SPREADS_NATIVE: Final = "1 for a model that transformers computes: only native ones are spread (docs/models.md)"
-
-
 def expect_devices(settings: Settings) -> None:
     """Raises InvalidField for a number of devices over which this process cannot spread its model."""
-    if settings.devices == 1:
-        return
-    name, device = "KNAPPER_DEVICES", device_for(settings.device)
-    if device.type == "mps":
-        raise InvalidField(name, settings.devices, "1 on mps")
-    if device.type == "cuda" and settings.devices > (cards := torch.cuda.device_count()):
-        raise InvalidField(name, settings.devices, f"1 to {cards}, the GPUs that this process sees")
-    if settings.engines > 1:
-        raise InvalidField(name, settings.devices, f"1 while {settings.engines} base models share this machine")
-    if settings.pod_snapshot:
-        raise InvalidField(name, settings.devices, "1 with KNAPPER_POD_SNAPSHOT: a copy would be of one rank alone")
-    directory = Path(settings.model_directory)
-    if (directory / "config.json").is_file() and computed_by(directory) != "native":
-        raise InvalidField(name, settings.devices, SPREADS_NATIVE)
+    expect_spreadable(settings)
+    if settings.devices > 1 and device_for(settings.device).type == "cuda":
+        cards = torch.cuda.device_count()
+        if settings.devices > cards:
+            allowed = f"1 to {cards}, the GPUs that this process sees"
+            raise InvalidField(variable("devices"), settings.devices, allowed)
 
 
 def expect_device(settings: Settings) -> torch.device:

@@ -9,11 +9,9 @@ import torch
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.loader import load
-from knapper.engine.models.preflight import SPREADS_NATIVE
 from knapper.engine.ranks.group import Group
 from knapper.engine.ranks.sharded_linear import ShardedLinear
 from knapper.engine.ranks.shards import Shards
-from knapper.errors import InvalidField
 from knapper.settings import Settings
 
 
@@ -22,8 +20,7 @@ def load_shards(settings: Settings, dtype: torch.dtype, group: Group, exactness:
     shards = Shards(group.mesh)
     directory = Path(settings.model_directory)
     model = load(directory, dtype, group.device, exactness, settings.context, linear=ShardedLinear, made=shards.add)
-    if not isinstance(model, Decoder):
-        raise InvalidField("KNAPPER_DEVICES", settings.devices, SPREADS_NATIVE)
+    assert isinstance(model, Decoder), "settings of another were refused"
     return model, shards
 
 
