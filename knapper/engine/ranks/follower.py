@@ -29,7 +29,7 @@ class _Dropped(Exception):
     """Rank 0 has given the pass up."""
 
 
-class Follower:
+class RankWorker:
     def __init__(self, group: Group, shards: Shards, model: Decoder) -> None:
         self._group, self._shards, self._model = group, shards, model
         self._whole: set[int] = set()

@@ -21,6 +21,7 @@ from knapper.engine.ranks import signs
 from knapper.errors import UserError
 
 _POLL_S: Final = 0.2
+_NOTICE_S: Final = 2.0
 LOST: Final = os.EX_TEMPFAIL  # the exit status of a process that lost a rank
 
 log = structlog.get_logger()
@@ -101,12 +102,19 @@ class Watch:
         try:
             yield
         except Exception as error:  # noqa: BLE001  ranks that are out of step cannot be brought together again
-            self._ends(f"{self._followers.ended() or 'a rank'}: {error}")
+            self._ends(f"{self._ended_soon() or 'a rank'}: {error}")
         finally:
             self._waiting_since = None
 
     def close(self) -> None:
         self._closed.set()
+
+    def _ended_soon(self) -> str:
+        """A connection may be gone before its process is: whose it was, if that shows."""
+        until = self._now() + _NOTICE_S
+        while not (ended := self._followers.ended()) and self._now() < until:
+            time.sleep(_POLL_S)
+        return ended
 
     def _look(self) -> None:
         while not self._closed.wait(_POLL_S):

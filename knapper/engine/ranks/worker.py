@@ -14,7 +14,7 @@ from knapper.engine.hardware import device_of_rank
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models.preflight import expect_devices
 from knapper.engine.ranks import signs
-from knapper.engine.ranks.follower import Follower
+from knapper.engine.ranks.follower import RankWorker
 from knapper.engine.ranks.group import Group
 from knapper.engine.ranks.model import described, load_shards
 from knapper.errors import KnapperError
@@ -44,7 +44,7 @@ def main(parent: int, meeting: Path, rank: int, size: int, dtype: torch.dtype, t
         sys.exit(1)
     signs.write(meeting, rank, signs.LOADED, described(exactness))
     log.info("loaded", device=str(device), shards=size)
-    Follower(group, shards, model).obey()
+    RankWorker(group, shards, model).obey()
 
 
 def _die_with(parent: int) -> None:
