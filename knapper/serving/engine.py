@@ -32,6 +32,7 @@ from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.loader import load
 from knapper.engine.models.preflight import expect_device, expect_loadable
 from knapper.engine.out_of_memory import MemoryShortage
+from knapper.engine.ranks import plan
 from knapper.engine.reservations import Reservations
 from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.sampling.sampler import EngineSampler
@@ -224,15 +225,15 @@ def _log_loaded(settings: Settings, model: Model, terms: Terms, exact: str, took
     )
 
 
-def _account(settings: Settings, model: Model, planned: int) -> Account:
+def _account(settings: Settings, model: Model, planned: int, gathered: int) -> Account:
     """The process's account of memory, printed. Raises UserError if nothing fits beside the weights.
 
     `planned`: bytes that engines of other models will take. Those that may still come leave this one its part.
+    `gathered`: that the weights of a spread model take at a time, beside its shards.
     """
     is_cpu = model.device.type == "cpu"
-    left = max(0, hardware.memory_left(model.device) - planned) // (
-        settings.engines * settings.devices if is_cpu else 1
-    )
+    shared_by = settings.engines * settings.devices if is_cpu else 1
+    left = max(0, max(0, hardware.memory_left(model.device) - planned) // shared_by - gathered)
     samples = settings.sampler != "vllm"
     parts = ModelBytes.of(model, model.weights_bytes)
     account = memory.divide(left, parts, settings.kv_memory, is_cpu=is_cpu, samples=samples)
@@ -301,7 +302,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
         with reservations.turn() if shares else nullcontext(0) as planned:
             expect_loadable(settings, device, dtype.itemsize, planned)
             model, ranks = _loaded_model(settings, dtype, device, exactness)
-            account = _account(settings, model, planned)
+            account = _account(settings, model, planned, 0 if ranks is None else plan.gathered(ranks.shards.sizes))
             if shares:
                 reservations.write(account.total)
     except Exception as error:

@@ -16,7 +16,7 @@ _NEVER = {
     "opentelemetry", "peft", "scipy", "sympy", "tinker", "transformers", "typer", "vllm",
 }  # fmt: skip
 _NEVER_OF_ONE_DEVICE = {  # the rest of torch.distributed torch itself imports
-    "knapper.engine.ranks", "torch.distributed.elastic", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "knapper.engine.ranks.start", "torch.distributed.elastic", "torch.distributed.fsdp", "torch.distributed.tensor",
 }  # fmt: skip
 _NEVER_OF_TORCH = {"torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.tensorboard"}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
+from torch.distributed.tensor import DTensor
 
 from knapper.engine.layers.experts import ExpertLinears
 from knapper.engine.layers.layerwise import HEAD_PART
@@ -68,9 +69,16 @@ class Shards:
         """Of all parts, whole."""
         return sum(part.nbytes for part in self._parts.values())
 
-    def bytes_of(self, part: int) -> int:
-        """Of a part, whole."""
-        return self._parts[part].nbytes
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Bytes of each part, whole."""
+        return {number: part.nbytes for number, part in self._parts.items()}
+
+    @property
+    def kept(self) -> int:
+        """Bytes of this rank's shards."""
+        parameters = [weight for part in self._parts.values() for weight in part.module.parameters()]
+        return sum(weight.to_local().nbytes for weight in parameters if isinstance(weight, DTensor))
 
     def add(self, part: int, linears: Linears) -> None:
         """Keep this rank's shard of the matrices; they are whole nowhere from here on, until they are gathered."""

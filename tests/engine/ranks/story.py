@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from knapper.engine.executor import Executor
 from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.layerwise import HEAD_PART
 from knapper.engine.models.loader import load
 from knapper.engine.ranks.leader import Leader
 from knapper.engine.ranks.start import start
@@ -108,8 +109,8 @@ def counted(trainer: Trainer, leader: Leader, state: RunState) -> dict[str, Any]
     found = {f"count {name}": value - before[name] for name, value in after.items()}
     found |= {f"calls {op}".replace("c10d.", ""): count for op, count in calls.get_comm_counts().items()}
     return found | {
-        "order": " ".join(order), "arena": state.weights_P.nbytes, "layers": len(trainer.decoder.config.layers),
-        "weights": leader.shards.nbytes, "head": leader.shards.bytes_of(-1),
+        "order": " ".join(order), "arena": state.weights_P.nbytes, "layers": len(leader.shards.sizes) - 1,
+        "weights": leader.shards.nbytes, "head": leader.shards.sizes[HEAD_PART],
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from knapper.engine.executor import Work
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.loader import load
@@ -16,7 +17,8 @@ from knapper.engine.ranks.group import Group
 from knapper.engine.ranks.leader import Leader
 from knapper.engine.ranks.sharded_linear import ShardedLinear
 from knapper.engine.ranks.shards import Shards
-from knapper.engine.training.trainer import Trainer
+from knapper.engine.training.trainer import RunState, Trainer
+from knapper.wire.types import ForwardBackwardOutput
 from tests.engine.runs import datum, done, request, spec
 from tests.engine.strange import NATIVE, strange_model
 from tests.engine.tiny import tiny_model
@@ -115,13 +117,19 @@ def test_samples_take_turns_with_a_pass(tmp_path: Path, group: Group) -> None:
             return model.target_logprobs(rows, tokens, None, np.ones(11, dtype=bool))
 
     alone = drawn()
-    task = trainer.forward_backward(state, body)
-    while True:
-        try:
-            next(task)
-        except StopIteration as stop:
-            disturbed = stop.value[0].grads_P
-            break
-        assert torch.equal(drawn(), alone)
+
+    def disturbed() -> Work[tuple[RunState, ForwardBackwardOutput]]:
+        task = trainer.forward_backward(state, body)
+        while True:
+            try:
+                next(task)
+            except StopIteration as stop:
+                result: tuple[RunState, ForwardBackwardOutput] = stop.value
+                return result
+            assert torch.equal(drawn(), alone)
+            yield
+
+    grads_P = done(disturbed())[0].grads_P
     assert calm is not None
-    assert torch.equal(disturbed, calm)
+    assert grads_P is not None
+    assert torch.equal(grads_P, calm)
