@@ -52,9 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     models: Annotated[
         str, Meta(description="A directory of model records that the gateway publishes; on a cluster a ConfigMap.")
     ] = ""
-    train_step_url: Annotated[str, Meta(description="Where the gateway notifies train_step; `knapper up` sets it.")] = (
-        ""
-    )
+    train_step_url: Annotated[str, Meta(description="Where the gateway rings train_step; `knapper up` sets it.")] = ""
     sample_url: Annotated[str, Meta(description="Where the gateway sends sample requests; `knapper up` sets it.")] = ""
     reward_url: Annotated[str, Meta(description="Where the gateway sends rollouts; `knapper up` sets it.")] = ""
     broker_url: Annotated[
@@ -102,6 +100,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "cuda", "mps", "cpu"],
         Meta(description="The device; auto: cuda, else cpu. mps is untested: docs/models.md; vLLM: docs/vllm.md."),
     ] = "auto"
+    devices: Annotated[int, Meta(ge=1, le=64, description="The base model is spread over so many: docs/ranks.md.")] = 1
+    rank_timeout_s: Annotated[
+        float, Meta(gt=0, le=86400, description="A device of several that takes longer is lost, and all start anew.")
+    ] = 600.0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Meta(description="Of the base weights; auto: the faster one, measured. A run keeps its own: docs/models.md."),

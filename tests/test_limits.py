@@ -60,6 +60,7 @@ ELSEWHERE = {
         "gateway/uploads.py": "_LOOK_S",
         "knapper/cli/jobs_follower.py": "_POLL_S _QUIET_S",
         "knapper/engine/executor.py": "IDLE_S",
+        "knapper/engine/ranks/followers.py": "_POLL_S _NOTICE_S",
         "knapper/cli/runs_watcher.py": "_POLL_S _PAUSE_EVERY_S",
         "knapper/cli/jobs_transfer.py": "_PAUSE_S",
         "knapper/concurrency/retry.py": "_PAUSE_S _PAUSE_MAX_S _SOON_S _WAIT_S",
@@ -176,6 +177,7 @@ ELSEWHERE = {
         "knapper/wire/json.py": "_SHOWN_BYTES_MAX",
     },
     "fixed by a format, a standard or the manifests, or a unit": {
+        "knapper/engine/ranks/group.py": "HEADER_BYTES",
         "gateway/openai/responses.py": "_LOGPROB_MIN",
         "knapper/cluster/doctor.py": "_RESTARTS_MAX",
         "knapper/cluster/installation.py": "KNATIVE_MIN KUBERNETES_MIN",

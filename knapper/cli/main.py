@@ -72,6 +72,9 @@ def up(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"] | None, typer.Option(help="Dtype of the base weights.")
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Devices that the base model is spread over, a process each.")
+    ] = None,
     idle: Annotated[float | None, typer.Option(help="Idle seconds after which the engine ends.")] = None,
     isolated: Annotated[bool, typer.Option("--isolated", help="Run each function in its own process.")] = False,
 ) -> None:
@@ -82,7 +85,7 @@ def up(
     from knapper.observability import logs
     from knapper.settings import Settings, variable
 
-    options = {"port": port, "host": host, "data": data, "dtype": dtype, "idle_s": idle}
+    options = {"port": port, "host": host, "data": data, "dtype": dtype, "devices": devices, "idle_s": idle}
     flags = {variable(name): str(value) for name, value in options.items() if value is not None}
     settings = Settings.load({**os.environ, **flags})
     logs.configure("up", settings.log_level)

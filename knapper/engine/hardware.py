@@ -39,6 +39,16 @@ def device_for(setting: str) -> torch.device:
     return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
 
 
+def device_of_rank(setting: str, rank: int, share: float) -> torch.device:
+    """The device of a rank of several, its memory capped as rank 0's is. Raises InvalidField as `device_for` does."""
+    device = device_for(setting)
+    if device.type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    take_memory(device, share)
+    return device
+
+
 def why_no_cuda(driver: Path = Path("/proc/driver/nvidia/version")) -> str:
     """Why torch does not use this machine's NVIDIA GPU, in words; empty if it does, or there is none.
 

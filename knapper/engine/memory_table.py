@@ -16,6 +16,7 @@ from knapper.engine.models.families.gpt_oss import CLAMPED, EXPERTS
 from knapper.engine.models.layer import Layer, ScoreRule, SelfAttention
 from knapper.engine.models.mlp import FeedForward, Mixture, Routing
 from knapper.engine.models.rotary import Rope
+from knapper.engine.ranks import plan
 from knapper.errors import UserError
 
 _SHARES: Final = (1.0, 0.45)
@@ -49,6 +50,15 @@ def _qwen3_30b_a3b() -> ModelConfig:
     )  # fmt: skip
 
 
+def _qwen3_235b_a22b() -> ModelConfig:
+    mixer = SelfAttention(64, 4, 128, ScoreRule(128**-0.5), Rope(1e6, 128), qk_norm="head")
+    experts = Mixture(1536, Routing(128, 8, renormalised=True))
+    return ModelConfig(
+        model_type="qwen3_moe", vocab_size=151_936, hidden=4096, layers=94 * (Layer(mixer, experts),), rms_eps=1e-6,
+        tied=False, context=40_960, eos=(),
+    )  # fmt: skip
+
+
 def _gpt_oss_20b() -> ModelConfig:
     whole = SelfAttention(
         64, 8, 64, ScoreRule(64**-0.5), Rope(150000.0, 64), qkv_bias=True, output_bias=True, sinks=True
@@ -74,6 +84,14 @@ MODELS: Final[Mapping[str, ModelConfig]] = {
 }
 
 
+SPREAD: Final[Mapping[str, ModelConfig]] = {
+    "Llama-3.3-70B": _model(8192, 80, 64, 28672, tied=False, family="llama"),
+    "Qwen3-235B-A22B": _qwen3_235b_a22b(),
+}
+_SPREAD_MODELS: Final = ("Qwen3-8B", "Qwen3-32B", *SPREAD)
+SPREAD_CARDS: Final = ("L4 (24 GB)", "A100 (80 GB)", "H100 (80 GB)", "H200 (141 GB)")
+
+
 def lines() -> Iterator[str]:
     """The table, in Markdown: rows of a pass, the longest datum, the tokens of samples in memory."""
     yield f"| base model | share | {' | '.join(CARDS)} |"
@@ -83,6 +101,18 @@ def lines() -> Iterator[str]:
         for share in _SHARES:
             cells = " | ".join(_cell(model, card, share) for card in CARDS.values())
             yield f"| {name}, {model.weights / 1e9:.1f} GB | {share:g} | {cells} |"
+
+
+def spread_lines() -> Iterator[str]:
+    """docs/ranks.md's table: the same of a rank, by the number of cards that a model is spread over."""
+    yield f"| base model | cards | {' | '.join(SPREAD_CARDS)} |"
+    yield "|---|---|" + "---|" * len(SPREAD_CARDS)
+    for name in _SPREAD_MODELS:
+        config = (MODELS | SPREAD)[name]
+        for devices in (1, 2, 4, 8):
+            model = plan.planned(config, devices)
+            cells = [_cell(model, CARDS[card], 1.0) for card in SPREAD_CARDS]
+            yield f"| {name}, {ModelBytes.planned(config).weights / 1e9:.0f} GB | {devices} | {' | '.join(cells)} |"
 
 
 def _cell(model: ModelBytes, card: int, share: float) -> str:
@@ -99,4 +129,4 @@ def _short(count: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(lines()) + "\n")
+    sys.stdout.write("\n".join([*lines(), "", *spread_lines()]) + "\n")

@@ -10,6 +10,7 @@ from knapper import limits
 from knapper.catalogue import servable
 from knapper.catalogue.download import is_name, obtain
 from knapper.engine.models.config import bounded_context, computed_by
+from knapper.engine.models.spread import expect_spreadable
 from knapper.errors import InvalidField, UserError
 from knapper.settings import Settings
 from knapper.state.model_record import ModelRecord
@@ -41,6 +42,7 @@ def chosen(settings: Settings, environ: Mapping[str, str]) -> Settings:
             "give the right to read and write there, or name another cache with KNAPPER_CACHE"
         ) from error
     by = computed_by(directory)
+    expect_spreadable(settings)
     served(settings, dict.fromkeys(("train_step", "sample"), ""))  # its context is what the settings may ask for
     servable.expect_libraries(settings, by)
     servable.expect_rehearsed(settings, environ, by, numbers)
@@ -74,7 +76,10 @@ def all_chosen(settings: Settings, environ: Mapping[str, str], models: Sequence[
     names = [each.model for each in served]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise InvalidField("model", double, "each model once")
-    return [msgspec.structs.replace(each, engines=len(served)) for each in served]
+    together = [msgspec.structs.replace(each, engines=len(served)) for each in served]
+    for each in together:
+        expect_spreadable(each)
+    return together
 
 
 def served(settings: Settings, urls: Mapping[str, str]) -> ModelRecord:

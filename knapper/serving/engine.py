@@ -4,11 +4,11 @@ import atexit
 import os
 import platform
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -32,6 +32,7 @@ from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.loader import load
 from knapper.engine.models.preflight import expect_device, expect_loadable
 from knapper.engine.out_of_memory import MemoryShortage
+from knapper.engine.ranks import plan
 from knapper.engine.reservations import Reservations
 from knapper.engine.run_machine import TrainingMachine
 from knapper.engine.sampling.sampler import EngineSampler
@@ -40,12 +41,12 @@ from knapper.engine.transfer import to_device
 from knapper.errors import InvalidField, NotFound
 from knapper.jobs.services import JobServices, open_job_services
 from knapper.observability import metrics
-from knapper.observability.metrics import Reading
 from knapper.serving import backend
 from knapper.serving.handover import HandingMachine, handover
 from knapper.serving.identity import ProcessIdentity
 from knapper.serving.lent_memory import borrow
 from knapper.serving.probe_results import StoredChoices
+from knapper.serving.readings import memory_readings, readings
 from knapper.serving.runs import ClaimedRuns
 from knapper.settings import Settings
 from knapper.state.journal import bundles
@@ -56,24 +57,29 @@ from knapper.store import Store
 from knapper.store.counted import CountedStore
 from knapper.store.factory import open_store
 
+if TYPE_CHECKING:
+    from knapper.engine.ranks.leader import Leader
+
 # With some 64 rows a CPU's matrix products are saturated, and more rows only add latency. A GPU reads all weights for
 # each step, whatever the rows: there the memory for keys and values decides.
 _SLOTS_CPU_MAX = 64
 _SLOTS_GPU_MAX = 256
 _MORE_MEMORY = "Free some, raise KNAPPER_GPU_MEMORY_SHARE if it is less than 1, or serve a smaller model"
-_TOP_RUNS = 8  # the number of runs whose share is a metric
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model, the account of memory, the device's thread's number of threads, and which bits products keep."""
+    """The model, the account of memory, the device's thread's number of threads, which bits products keep, and the
+    other ranks, if the model is spread.
+    """
 
     model: Model
     account: Account
     threads: int
     exactness: Exactness
+    ranks: "Leader | None"
 
 
 @dataclass(frozen=True)
@@ -137,9 +143,9 @@ def engine() -> ServingEngine:
     executor, loaded = _open_device(settings, device, store)
     model, account = loaded.model, loaded.account
     metrics.stage("weights", time.monotonic() - began)
-    trainer = Trainer(model, account.rows_max, account.datum_rows_max)
+    trainer = Trainer(model, account.rows_max, account.datum_rows_max, loaded.ranks)
     machine = TrainingMachine(trainer, executor, time.monotonic)
-    terms = _terms(device, model, loaded.threads)
+    terms = _terms(device, model, loaded.threads, spread=loaded.ranks is not None)
     _log_loaded(settings, model, terms, _promise(loaded.exactness, device), time.monotonic() - began)
     sampler = _sampler(settings, model, executor, StoredAdapters(store, model.config, device, model.dtype), account)
     metrics.Readings([*readings(machine, sampler), *memory_readings(account)])
@@ -194,7 +200,9 @@ def _open_device(settings: Settings, device: torch.device, store: Store) -> tupl
         raise
     finally:
         torch.set_num_threads(1)  # for all threads but the device's: see _load
-    atexit.register(executor.close)  # torch aborts if the interpreter goes away under its thread
+    if loaded.ranks is not None:
+        atexit.register(loaded.ranks.close)
+    atexit.register(executor.close)  # before the ranks; torch aborts if the interpreter goes away under its thread
     return executor, loaded
 
 
@@ -217,13 +225,15 @@ def _log_loaded(settings: Settings, model: Model, terms: Terms, exact: str, took
     )
 
 
-def _account(settings: Settings, model: Model, planned: int) -> Account:
+def _account(settings: Settings, model: Model, planned: int, gathered: int) -> Account:
     """The process's account of memory, printed. Raises UserError if nothing fits beside the weights.
 
     `planned`: bytes that engines of other models will take. Those that may still come leave this one its part.
+    `gathered`: that the weights of a spread model take at a time, beside its shards.
     """
     is_cpu = model.device.type == "cpu"
-    left = max(0, hardware.memory_left(model.device) - planned) // (settings.engines if is_cpu else 1)
+    shared_by = settings.engines * settings.devices if is_cpu else 1
+    left = max(0, max(0, hardware.memory_left(model.device) - planned) // shared_by - gathered)
     samples = settings.sampler != "vllm"
     parts = ModelBytes.of(model, model.weights_bytes)
     account = memory.divide(left, parts, settings.kv_memory, is_cpu=is_cpu, samples=samples)
@@ -281,7 +291,7 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     something unavailable.
     """
     yield from ()
-    threads = settings.threads or torch.get_num_threads()
+    threads = settings.threads or max(1, torch.get_num_threads() // (settings.devices if device.type == "cpu" else 1))
     torch.set_num_threads(threads)
     dtype = dtype_for(settings.dtype, device)
     choices = _choices(settings, device, store)
@@ -291,8 +301,8 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     try:
         with reservations.turn() if shares else nullcontext(0) as planned:
             expect_loadable(settings, device, dtype.itemsize, planned)
-            model = load(Path(settings.model_directory), dtype, device, exactness, settings.context)
-            account = _account(settings, model, planned)
+            model, ranks = _loaded_model(settings, dtype, device, exactness)
+            account = _account(settings, model, planned, 0 if ranks is None else plan.gathered(ranks.shards.sizes))
             if shares:
                 reservations.write(account.total)
     except Exception as error:
@@ -303,8 +313,19 @@ def _load(settings: Settings, device: torch.device, store: Store) -> Work[Loaded
     else:
         if choices is not None:
             choices.flush()  # once on each kind of CPU; from here on no other thread is at work
-        return Loaded(model, account, threads, exactness)
+        return Loaded(model, account, threads, exactness, ranks)
     raise failed  # without the traceback, whose frames hold the weights
+
+
+def _loaded_model(
+    settings: Settings, dtype: torch.dtype, device: torch.device, exactness: Exactness
+) -> "tuple[Model, Leader | None]":
+    """The model, and the ranks that it is spread over, if there are others."""
+    if settings.devices == 1:
+        return load(Path(settings.model_directory), dtype, device, exactness, settings.context), None
+    from knapper.engine.ranks.start import start  # torch.distributed: seconds, which one device never needs
+
+    return start(settings, dtype, device, exactness, time.monotonic)
 
 
 def _choices(settings: Settings, device: torch.device, store: Store) -> StoredChoices | None:
@@ -328,63 +349,12 @@ def _promise(exactness: Exactness, device: torch.device) -> str:
     return f"yes; {'; '.join(ways)}" if ways else "yes"
 
 
-def readings(machine: TrainingMachine, sampler: EngineSampler) -> list[Reading]:
-    """The metrics of both."""
-    passes, counts = machine.scheduler.counters, sampler.counters
-    return [
-        Reading("knapper_device_busy_seconds", "Total seconds the device was busy.",
-                lambda: machine.device.busy_s, counts=True),
-        Reading("knapper_train_forward_passes", "Forward passes of training, with or without a backward pass.",
-                lambda: passes.passes, counts=True),
-        Reading("knapper_train_tokens", "Tokens computed in those passes.", lambda: passes.rows, counts=True),
-        Reading("knapper_train_microbatches", "Micro-batches in those passes, each of one request; divided by the "
-                "passes: how many requests share one.", lambda: passes.shares, counts=True),
-        Reading("knapper_train_capacity_tokens", "Tokens those passes had capacity for; knapper_train_tokens divided "
-                "by it: their utilisation.", lambda: passes.capacity, counts=True),
-        Reading("knapper_train_requests_waiting", "Training requests waiting for a pass.",
-                lambda: machine.scheduler.waiting),
-        Reading("knapper_train_queue_age_seconds", "How long the oldest of those has waited.",
-                machine.scheduler.oldest_s),
-        Reading("knapper_train_run_token_ratio", "Fraction of the tokens of the last 1,024 micro-batches that belonged "
-                "to the run with the most (position 1), the second most, ...; `knapper usage` names the runs.",
-                lambda: _by_position(machine.scheduler.shares(_TOP_RUNS)), label="position"),
-        Reading("knapper_prefilled_tokens", "Prompt tokens computed.", lambda: counts.prefilled_tokens, counts=True),
-        Reading("knapper_reused_tokens", "Prompt tokens found in the prefix cache.", lambda: counts.reused_tokens,
-                counts=True),
-        Reading("knapper_sampled_tokens", "Tokens sampled.", lambda: counts.decoded_tokens, counts=True),
-        Reading("knapper_sample_device_seconds", "Device seconds of samples.", lambda: counts.device_s,
-                counts=True),
-        Reading("knapper_sample_steps", "Decoding steps; tokens over steps: how full they are.", lambda: counts.steps,
-                counts=True),
-        Reading("knapper_sample_preemptions", "Sequences preempted because memory ran out.",
-                lambda: counts.parked, counts=True),
-        Reading("knapper_sample_slots", "Sequences that decode now.", lambda: sampler.active),
-        Reading("knapper_sample_slots_max", "Sequences that can decode at once.", lambda: sampler.slots_max),
-    ]  # fmt: skip
-
-
-def memory_readings(account: Account) -> list[Reading]:
-    """The account by part, and what may be computed by it."""
-    return [
-        Reading("knapper_memory_bytes", "The process's account of memory by part: what each may take.",
-                lambda: {name: float(size) for name, size in account.parts.items()}, label="part"),
-        Reading("knapper_memory_total_bytes", "What the process may take of its device's memory, weights included.",
-                lambda: account.total),
-        Reading("knapper_train_pass_rows_max", "Tokens of a training pass, by the account of memory.",
-                lambda: account.rows_max),
-    ]  # fmt: skip
-
-
-def _by_position(shares: Sequence[float]) -> dict[str, float]:
-    """All positions, so that none keeps an old value."""
-    return {str(index + 1): shares[index] if index < len(shares) else 0.0 for index in range(_TOP_RUNS)}
-
-
-def _terms(device: torch.device, model: Model, threads: int) -> Terms:
+def _terms(device: torch.device, model: Model, threads: int, *, spread: bool) -> Terms:
+    """Of shards the products are others, whatever their number."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
     return Terms(
-        device=f"{device.type} {name} {capability}",
+        device=f"{device.type} {name} {capability}{', in shards' if spread else ''}",
         dtype=str(model.dtype).removeprefix("torch."),
         threads=threads,
         versions=", ".join((f"torch {torch.__version__}", *model.versions)),

@@ -93,6 +93,10 @@ FIGURES: Final[dict[str, list[tuple[str, str]]]] = {
         ("20 s", "limits:store_retry_s"), ("7 days", "limits:torn_after_s"), ("15 minutes", "limits:sequence_gap_s"),
         ("30 s", "knapper.concurrency.retry:_PAUSE_MAX_S"), ("8 MiB", "knapper.store.gcs:part_bytes_max"),
     ],
+    "docs/ranks.md": [
+        ("24 GB", _GPU), ("80 GB", _GPU), ("80 GB", _GPU), ("141 GB", _GPU),
+        *((f"{weights} GB", _TABLE) for weights in ("16", "66", "141", "470") for _ in range(4)),
+    ],
     "docs/quickstart.md": [
         ("2 GB", "(the sum of the two)"), ("1.5 GB", "Makefile: (95 packages, 1.5 GB)"),
         ("0.5 GB", "(the converted model, as the demo leaves it)"),

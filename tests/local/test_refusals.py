@@ -15,6 +15,7 @@ import pytest
 from knapper.engine.models.loader import expect_architecture
 from knapper.errors import KnapperError
 from tests.command import knapper
+from tests.engine.strange import strange_model
 from tests.engine.tiny import tiny_model
 from tests.local.broken import BROKEN, REFUSED, config, copied
 
@@ -54,6 +55,35 @@ def test_an_architecture_that_is_refused_ends_it_too(model: Path, tmp_path: Path
     """One of them: the command asks a process that imports transformers, which takes seconds."""
     change, said = REFUSED["a mixture of experts"]
     assert said in refusal(copied(model, tmp_path / "broken" / "model", change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("devices", "settings", "said"),
+    [
+        ("65", {}, "KNAPPER_DEVICES"),
+        ("0", {}, "KNAPPER_DEVICES"),
+        ("two", {}, "KNAPPER_DEVICES"),
+        ("2", {"KNAPPER_DEVICE": "mps"}, "KNAPPER_DEVICES is 2; allowed: 1 on mps"),
+        ("2", {"KNAPPER_POD_SNAPSHOT": "/proc/x"}, "KNAPPER_DEVICES is 2; allowed: 1 with KNAPPER_POD_SNAPSHOT"),
+        ("2", {"KNAPPER_RANK_TIMEOUT_S": "0"}, "KNAPPER_RANK_TIMEOUT_S"),
+    ],
+)
+def test_devices_that_a_model_cannot_be_spread_over_end_it(
+    model: Path, tmp_path: Path, devices: str, settings: dict[str, str], said: str
+) -> None:
+    assert said in refusal(model, tmp_path, KNAPPER_DEVICES=devices, **settings)
+
+
+def test_several_models_are_not_spread(model: Path, tmp_path: Path) -> None:
+    other = copied(model, tmp_path / "other" / "tiny", lambda _: None)
+    said = refusal(model, tmp_path, "--model", str(other), "--devices", "2")
+    assert "KNAPPER_DEVICES is 2; allowed: 1 where 2 base models share a machine" in said
+
+
+def test_a_model_of_transformers_is_not_spread(tmp_path: Path) -> None:
+    directory = strange_model(tmp_path / "model", "gpt_neox")
+    said = refusal(directory, tmp_path, "--devices", "2")
+    assert "KNAPPER_DEVICES is 2; allowed: 1 for a model that transformers computes" in said
 
 
 def test_a_device_that_is_not_there_ends_it(model: Path, tmp_path: Path) -> None:

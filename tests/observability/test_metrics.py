@@ -21,7 +21,7 @@ from knapper.engine.sampling.sampler import EngineSampler
 from knapper.errors import StoreError, UserError
 from knapper.ids import RunId
 from knapper.observability import metrics
-from knapper.serving.engine import readings
+from knapper.serving.readings import readings
 from knapper.state.journal.counted import CountedMachine
 from knapper.state.journal.machine import Files, Outcome
 from knapper.state.journal.records import Operation, Spec

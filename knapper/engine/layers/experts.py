@@ -36,8 +36,9 @@ class ExpertLinears:
         exactness: Exactness,
         joined_EOI: Tensor | None = None,
         bias_EO: Tensor | None = None,
+        linear: type[FrozenLinear] = FrozenLinear,
     ) -> None:
-        """`experts`: the parts of each. `joined_EOI`: of which they are views."""
+        """`experts`: the parts of each. `joined_EOI`: of which they are views. `linear`: the kind of each one's."""
         self.dtype, self.exactness = dtype, exactness
         self.widths = tuple(len(part) for part in experts[0])
         self.outputs, self.inputs = sum(self.widths), experts[0][0].shape[1]
@@ -47,7 +48,7 @@ class ExpertLinears:
         if self.grouped:
             self.w_EOI = _stacked(experts, dtype) if joined_EOI is None else joined_EOI.to(dtype)
         else:  # at once: adapters are probed on all that they may enter
-            self.each = tuple(FrozenLinear(parts, dtype, exactness=exactness) for parts in experts)
+            self.each = tuple(linear(parts, dtype, exactness=exactness) for parts in experts)
 
     def biased(self, y_SO: Tensor, dispatch: Dispatch) -> Tensor:
         """With each slot's bias, where experts have one: added by itself, as kernels of few rows add it elsewhere."""

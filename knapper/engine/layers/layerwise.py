@@ -6,6 +6,8 @@ the next one left there.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,38 +17,48 @@ from knapper.engine.layers import gradient
 
 LayerSegment = Callable[[Tensor], Tensor]
 
+HEAD_PART: Final = -1
+# A layer by number, or the head, and 1 or -1, which part is needed next: a context in which its weights are whole.
+Gather = Callable[[int, int], AbstractContextManager[None]]
+
+
+def always_whole(_part: int, _step: int) -> AbstractContextManager[None]:
+    """Of a model that is not spread."""
+    return nullcontext()
+
 
 class LayerwisePass:
     """One pass. The graph of a segment is kept until it is differentiated."""
 
-    def __init__(self, *, differentiates: bool) -> None:
-        self._differentiates = differentiates
+    def __init__(self, *, differentiates: bool, gather: Gather = always_whole) -> None:
+        self._differentiates, self._gather = differentiates, gather
         self._boundaries: list[
-            tuple[Tensor, Tensor]
-        ] = []  # a segment's output, and the leaf from which the next starts
+            tuple[int, Tensor, Tensor]
+        ] = []  # a segment's number and output, and the leaf from which the next starts
 
     def forward(self, x: Tensor, layer_segments: Sequence[LayerSegment]) -> Work[Tensor]:
         """The last segment's output. It requires a gradient if it depends on a tensor that does."""
-        for segment in layer_segments:
-            with torch.set_grad_enabled(self._differentiates):
-                x = self._detached(segment(x))
+        for number, segment in enumerate(layer_segments):
+            with self._gather(number, 1), torch.set_grad_enabled(self._differentiates):
+                x = self._detached(number, segment(x))
             yield
         return x
 
     def backward(self, grad: Tensor) -> Work[None]:
         """Adds gradients to every leaf of the segments; `grad` is that of the output of `forward`."""
         if self._boundaries:
-            self._boundaries[-1][1].grad = grad
+            self._boundaries[-1][2].grad = grad
         while self._boundaries:
-            output, leaf = self._boundaries.pop()
+            number, output, leaf = self._boundaries.pop()
             assert leaf.grad is not None, "the segment after it leaves one"
-            gradient.backward(output, leaf.grad)
+            with self._gather(number, -1):
+                gradient.backward(output, leaf.grad)
             del output, leaf  # frees its part of the graph before the next segment is differentiated
             yield
 
-    def _detached(self, output: Tensor) -> Tensor:
+    def _detached(self, number: int, output: Tensor) -> Tensor:
         if not output.requires_grad:
             return output
         leaf = output.detach().requires_grad_()
-        self._boundaries.append((output, leaf))
+        self._boundaries.append((number, output, leaf))
         return leaf

@@ -25,6 +25,8 @@ _REGISTER_BYTES: Final = 64  # of AVX-512, and of a row of AMX's tiles
 class FrozenLinear:
     """W (O, I) is `parts` stacked, in the dtype of the model's file; it computes in `dtype`."""
 
+    _form = ""  # in the names under which layouts are kept: products of another form may add in another order
+
     def __init__(
         self,
         parts: Sequence[Tensor],
@@ -54,7 +56,8 @@ class FrozenLinear:
         def probe(whole_OI: Tensor) -> Product:  # a bias of zeros rounds no difference away
             return self._make(whole_OI, None if bias_O is None else bias_O.new_zeros(len(whole_OI)))
 
-        self._layout = self.exactness.product("forward", MODEL_LAYOUTS, probe, self.inputs, self.outputs, self._like)
+        name = f"forward{self._form}"
+        self._layout = self.exactness.product(name, MODEL_LAYOUTS, probe, self.inputs, self.outputs, self._like)
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +102,8 @@ class FrozenLinear:
         def make(w_IO: Tensor) -> Product:
             return self._make_back(w_IO.T.contiguous().split(self._widths_back))
 
-        return self.exactness.product("backward", BACKWARD_LAYOUTS, make, self.outputs, self.inputs, self._like)
+        name = f"backward{self._form}"
+        return self.exactness.product(name, BACKWARD_LAYOUTS, make, self.outputs, self.inputs, self._like)
 
     @cached_property
     def _product_back(self) -> Product:

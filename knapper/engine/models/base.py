@@ -15,7 +15,7 @@ from torch import Tensor
 from knapper.engine.images.placed import PlacedImage
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.head import HeadLora
-from knapper.engine.layers.layerwise import LayerSegment
+from knapper.engine.layers.layerwise import Gather, LayerSegment
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.config import ComputedBy, Facts
 from knapper.engine.models.prefill import Prefilled, PrefillPrompt
@@ -92,6 +92,11 @@ class Model(Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    @property
+    def gather(self) -> Gather:
+        """Contexts in which a part's weights are whole, for whoever computes with it; the model's own methods do."""
+        ...
 
     @property
     def weights_bytes(self) -> int:

@@ -27,7 +27,7 @@ from knapper.engine.layers.attention import (
     prefix_attention,
 )
 from knapper.engine.layers.head import HeadLora, capped_, target_logprobs
-from knapper.engine.layers.layerwise import LayerSegment
+from knapper.engine.layers.layerwise import HEAD_PART, Gather, LayerSegment, always_whole
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
 from knapper.engine.layers.recurrence import Stops
@@ -71,6 +71,7 @@ class Decoder:
         self._embedding_scale = None if config.embedding_scale == 1.0 else float(scale)
         layer_row = checkpointing.saved_bytes_of_row(config)
         self.passes = checkpointing.on_cpu(0, weights.nbytes, layer_row)  # until there is an account of memory
+        self.gather: Gather = always_whole  # of a model in shards `ranks` says it
 
     @property
     def weights_bytes(self) -> int:
@@ -123,7 +124,8 @@ class Decoder:
     def target_logprobs(
         self, hidden_NH: Tensor, targets_NK: Tensor, lora: HeadLora | None, needed_N: NDArray[np.bool_]
     ) -> Tensor:
-        return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N, self.config.logits_cap)
+        with self.gather(HEAD_PART, 1):
+            return target_logprobs(hidden_NH, self.weights.head, targets_NK, lora, needed_N, self.config.logits_cap)
 
     def hidden_with(
         self,
@@ -178,15 +180,17 @@ class Decoder:
 
     def logits(self, hidden_NH: Tensor, adapt: Adapt) -> Tensor:
         """float32 (N, V), with the adapters' part of the head where they have one."""
-        (logits_NV,) = adapt((HEAD,), hidden_NH, self.weights.head)
+        with self.gather(HEAD_PART, 1):
+            (logits_NV,) = adapt((HEAD,), hidden_NH, self.weights.head)
         return capped_(logits_NV.float(), self.config.logits_cap)
 
     def _pass(
         self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, adapt: Adapt, images: PlacedImages = ()
     ) -> Tensor:
         x_NH, segments = self._layer_segments(tokens_N, positions_N, attend, adapt, images)
-        for segment in segments:
-            x_NH = segment(x_NH)
+        for number, segment in enumerate(segments):
+            with self.gather(number, 1):
+                x_NH = segment(x_NH)
         return x_NH
 
     def _layer_segments(

@@ -8,6 +8,7 @@ import torch
 
 from knapper.engine.layers import gated_delta, state_space
 from knapper.engine.layers.batch_invariance import Exactness
+from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.models import weights
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import ModelConfig, bounded_context, computed_by
@@ -31,9 +32,12 @@ def load(
     device: torch.device | str = "cpu",
     exactness: Exactness | None = None,
     context: int = 0,
+    linear: type[FrozenLinear] = FrozenLinear,
+    made: weights.Made | None = None,
 ) -> Model:
     """The model in `directory`, in `dtype` on `device`; `exactness` records how its products keep their bits. Of its
-    context it serves `context` tokens; 0: all.
+    context it serves `context` tokens; 0: all. `linear` and `made`: of `weights.load`, for native layers in shards,
+    which serve no images.
 
     Raises InvalidField for more than those, NotFound for missing files, BrokenModel for wrong ones, UnsupportedModel
     for a model that neither computes.
@@ -53,11 +57,11 @@ def load(
     config = replace(config, context=bounded_context(config.context, context))
     exactness = exactness or Exactness()
     tower = None
-    if vision_entries(directory):
+    if vision_entries(directory) and made is None:
         from knapper.engine.images.tower import VisionTower  # it imports transformers, as above
 
         tower = VisionTower(directory, dtype, torch.device(device))
-    decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness), tower)
+    decoder = Decoder(config, weights.load(directory, config, dtype, device, exactness, linear, made), tower)
     if exactness.probes(decoder.device):
         for recurrent in set(config.recurrent):
             match recurrent:

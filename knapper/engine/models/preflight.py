@@ -17,16 +17,28 @@ from knapper.engine.hardware import device_for, memory_left, take_memory
 from knapper.engine.layers.determinism import keep_bits_on_gpu
 from knapper.engine.models import weight_files
 from knapper.engine.models.loader import expect_architecture
-from knapper.errors import KnapperError, UserError, WaitsForMemory
-from knapper.settings import Settings
+from knapper.engine.models.spread import expect_spreadable
+from knapper.errors import InvalidField, KnapperError, UserError, WaitsForMemory
+from knapper.settings import Settings, variable
 from knapper.text.sizes import sized
 
 REFUSED: Final = 3
 _LEAST_BYTES: Final = {"float32": 4, "bfloat16": 2, "auto": 2}  # bytes of a number, by KNAPPER_DTYPE
 
 
+def expect_devices(settings: Settings) -> None:
+    """Raises InvalidField for a number of devices over which this process cannot spread its model."""
+    expect_spreadable(settings)
+    if settings.devices > 1 and device_for(settings.device).type == "cuda":
+        cards = torch.cuda.device_count()
+        if settings.devices > cards:
+            allowed = f"1 to {cards}, the GPUs that this process sees"
+            raise InvalidField(variable("devices"), settings.devices, allowed)
+
+
 def expect_device(settings: Settings) -> torch.device:
     """The device of the settings, with its memory capped at their share. Raises InvalidField."""
+    expect_devices(settings)
     device = device_for(settings.device)
     if device.type != "cpu" and settings.batch_invariant == "true":
         keep_bits_on_gpu()
@@ -45,7 +57,10 @@ def expect_loadable(settings: Settings, device: torch.device, least_bytes: int |
     expect_architecture(directory)
     if any(directory.glob("*.safetensors")):  # none before the download
         bytes_each = least_bytes or _LEAST_BYTES[settings.dtype]
-        needed = weight_files.unpacked_bytes(directory, bytes_each, kept_twice=device.type == "cpu")
+        packs = device.type == "cpu" and settings.devices == 1
+        needed = weight_files.unpacked_bytes(directory, bytes_each, kept_twice=packs)
+        if device.type == "cuda":
+            needed //= settings.devices  # a shard on each; what is gathered of them the account of memory counts
         _expect_memory(settings, device, needed, planned)
 
 

@@ -24,7 +24,7 @@ from knapper.engine.images.placed import PlacedImage, expect_none
 from knapper.engine.layers import head
 from knapper.engine.layers.adapters import Adapt
 from knapper.engine.layers.head import HeadLora
-from knapper.engine.layers.layerwise import LayerSegment
+from knapper.engine.layers.layerwise import Gather, LayerSegment, always_whole
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.lora import Lora
 from knapper.engine.layers.lora_grouped import Segment, Segments
@@ -109,6 +109,7 @@ class TransformersModel:
         self.architecture = config.architecture
         self.bytes_per_token = 0  # set by the trial
         self.context_positions = config.context
+        self.gather: Gather = always_whole
         self.device, self.dtype = head.weight_VH.device, head.weight_VH.dtype
         self.head = head
         self.weights_bytes = sum(weight.nbytes for weight in {*body.parameters(), head.weight_VH})  # a tied head once

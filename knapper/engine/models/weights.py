@@ -1,6 +1,6 @@
 """Base weights from safetensors files, checked, in the dtype that computes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,7 @@ from knapper.engine.layers import paged_attention
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.experts import ExpertLinears
 from knapper.engine.layers.gated_delta import GatedDeltaRecurrence
+from knapper.engine.layers.layerwise import HEAD_PART
 from knapper.engine.layers.linear import FrozenLinear
 from knapper.engine.layers.recurrence import Convolution
 from knapper.engine.layers.state_space import StateSpaceRecurrence
@@ -54,6 +55,8 @@ _LATENT_EPS: Final = 1e-6  # whatever config.json says of the other norms
 _TELLS: Final = 8  # parts of a long load, each of which the log tells
 _LONG_LOAD: Final = 4 << 30  # of bytes
 
+Made = Callable[[int, Sequence[FrozenLinear | ExpertLinears]], None]
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -78,17 +81,29 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     exactness: Exactness | None = None,
+    linear: type[FrozenLinear] = FrozenLinear,
+    made: Made | None = None,
 ) -> Weights:
     """The weights of `directory` (one file, or shards with an index), in `dtype` on `device`.
 
+    `linear`: the kind that is made. `made`: gets each layer's linears, by number, as soon as they are made, so that
+    none need be whole beside another's; at last the head's, as `HEAD_PART`.
+
     Raises NotFound without weight files, BrokenModel when a tensor is missing, unexpected or of another shape.
     """
-    loader = _Loader(config, _Tensors(directory, config, torch.device(device), dtype), dtype, exactness or Exactness())
+    tensors = _Tensors(directory, config, torch.device(device), dtype)
+    loader = _Loader(config, tensors, dtype, exactness or Exactness(), linear)
     embed = loader.tensor("model.embed_tokens.weight")
-    layers = tuple(loader.layers())
+    layers: list[LayerBlock] = []
+    for index, layer in enumerate(loader.layers()):
+        layers.append(layer)
+        if made is not None:
+            made(index, layer.linears)
     norm = loader.norm(config.final_norm)
-    head = FrozenLinear([embed], dtype, exactness=loader.exactness) if config.tied else loader.linear(["lm_head"])
-    return Weights(embed=embed, layers=layers, norm=norm, head=head, tied=config.tied)
+    head = linear([embed], dtype, exactness=loader.exactness) if config.tied else loader.linear(["lm_head"])
+    if made is not None:
+        made(HEAD_PART, [head])
+    return Weights(embed=embed, layers=tuple(layers), norm=norm, head=head, tied=config.tied)
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class _Loader:
     tensors: "_Tensors"
     dtype: torch.dtype
     exactness: Exactness
+    linear_type: type[FrozenLinear]
 
     def tensor(self, name: str) -> Tensor:
         return self.tensors.take(name).to(self.dtype)
@@ -106,7 +122,7 @@ class _Loader:
     def linear(self, modules: Sequence[str], *, biased: bool = False) -> FrozenLinear:
         weights = [self.tensors.take(f"{module}.weight") for module in modules]
         bias = torch.cat([self.tensors.take(f"{module}.bias") for module in modules]).to(self.dtype) if biased else None
-        return FrozenLinear(weights, self.dtype, bias, exactness=self.exactness)
+        return self.linear_type(weights, self.dtype, bias, exactness=self.exactness)
 
     def norm(self, module: str) -> RmsNorm:
         rule, weight = self.config.norm, self.tensor(f"{module}.weight")
@@ -251,24 +267,28 @@ class _Loader:
             w_EOI = self.tensors.take(joined)
             w_EOI = w_EOI.transpose(1, 2).contiguous() if names.turned else w_EOI
             experts = [w_OI.split([shape.outputs for shape in shapes]) for w_OI in w_EOI]
-            return ExpertSites(_names(index, shapes), ExpertLinears(experts, self.dtype, self.exactness, w_EOI))
+            return ExpertSites(_names(index, shapes), self._linears(experts, w_EOI))
         modules = zip(*(shape.modules for shape in shapes), strict=True)
         parts = [[self.tensors.take(f"model.layers.{index}.{module}.weight") for module in own] for own in modules]
-        return ExpertSites(_names(index, shapes), ExpertLinears(parts, self.dtype, self.exactness))
+        return ExpertSites(_names(index, shapes), self._linears(parts))
 
     def _whole_experts(self, index: int, shape: LinearShape) -> ExpertSites:
         name = f"model.layers.{index}.{shape.module}"
         w_EOI = self.tensors.take(name).transpose(1, 2).contiguous()
         bias_EO, experts = self.tensor(f"{name}_bias"), [[w_OI] for w_OI in w_EOI]
-        linears = ExpertLinears(experts, self.dtype, self.exactness, w_EOI, bias_EO)
-        return ExpertSites(_names(index, [shape]), linears)
+        return ExpertSites(_names(index, [shape]), self._linears(experts, w_EOI, bias_EO))
+
+    def _linears(
+        self, experts: Sequence[Sequence[Tensor]], w_EOI: Tensor | None = None, bias_EO: Tensor | None = None
+    ) -> ExpertLinears:
+        return ExpertLinears(experts, self.dtype, self.exactness, w_EOI, bias_EO, self.linear_type)
 
     def _routers(self, index: int, shapes: Sequence[LinearShape], dtype: torch.dtype | None) -> Sites:
         """As one: a product with a single output has no bits to promise."""
         weights = [self.tensors.take(f"model.layers.{index}.{shape.module}.weight") for shape in shapes]
         biases = [self.tensors.take(f"model.layers.{index}.{s.module}.bias") for s in shapes if s.biased]
         bias = torch.cat(biases).to(dtype or self.dtype) if biases else None
-        linear = FrozenLinear(weights, dtype or self.dtype, bias, adapted=False, exactness=self.exactness)
+        linear = self.linear_type(weights, dtype or self.dtype, bias, adapted=False, exactness=self.exactness)
         return Sites(_names(index, shapes), linear)
 
     def _sites(self, index: int, shapes: Sequence[LinearShape]) -> Sites:

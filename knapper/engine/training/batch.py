@@ -21,7 +21,7 @@ from torch import Tensor
 from knapper.engine.executor import Work
 from knapper.engine.images.placed import PlacedImage
 from knapper.engine.layers.head import HeadLora
-from knapper.engine.layers.layerwise import LayerwisePass
+from knapper.engine.layers.layerwise import HEAD_PART, Gather, LayerwisePass
 from knapper.engine.layers.lora import Lora
 from knapper.engine.models.base import Model
 from knapper.engine.models.config import HEAD
@@ -67,7 +67,7 @@ class PendingRequest:
     waiting: deque[MicroBatch]
     data: Sequence[Datum] = ()
     outputs: list[dict[str, np.ndarray]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    datum_metrics: list[dict[str, float]] = field(default_factory=list)  # of each of `outputs`
     error: UserError | None = None
 
     @property
@@ -82,7 +82,11 @@ class PendingRequest:
         """Raises `error`."""
         if self.error is not None:
             raise self.error
-        return ForwardBackwardOutput(self.outputs, self.metrics | divergence.metrics(self.data, self.outputs))
+        metrics: dict[str, float] = {}
+        for of_datum in self.datum_metrics:
+            for name, value in of_datum.items():
+                metrics[name] = metrics.get(name, 0.0) + value
+        return ForwardBackwardOutput(self.outputs, metrics | divergence.metrics(self.data, self.outputs))
 
 
 def micro_batches(
@@ -103,27 +107,30 @@ def micro_batches(
     yield MicroBatch(first, data[first:], prefixes)
 
 
-def compute(model: Model, requests: Sequence[PendingRequest]) -> Work[None]:
+def compute(model: Model, requests: Sequence[PendingRequest], gather: Gather | None = None) -> Work[None]:
     """The next micro-batch of each request, in one forward and backward. All of them differentiate, or none does.
+    `gather`: how the pass has the model's weights whole; None: the model's own way.
 
     Yields after every layer, forward and backward, and after each batch of the head. A request whose loss is not finite
     has `error` afterwards; the others are unaffected.
     """
     batches = [request.waiting.popleft() for request in requests]
-    layer_pass = LayerwisePass(differentiates=requests[0].differentiates)
+    gather = gather or model.gather
+    layer_pass = LayerwisePass(differentiates=requests[0].differentiates, gather=gather)
     embedded_UH, layer_segments = model.layer_segments(
         [batch.prefixes for batch in batches], [request.lora for request in requests]
     )
     rows_UH = yield from layer_pass.forward(embedded_UH, layer_segments)
     inputs = [_HeadInputs.of(request.loss, batch) for request, batch in zip(requests, batches, strict=True)]
     grads = list(rows_UH.split([batch.rows for batch in batches]))
-    for indices in _head_batches(requests, inputs):
-        head_grads = _head(
-            model, _take(requests, indices), _take(batches, indices), _take(inputs, indices), _take(grads, indices)
-        )
-        for index, grad in zip(indices, head_grads, strict=True):
-            grads[index] = grad
-        yield
+    with gather(HEAD_PART, -1 if requests[0].differentiates else 1):
+        for indices in _head_batches(requests, inputs):
+            head_grads = _head(
+                model, _take(requests, indices), _take(batches, indices), _take(inputs, indices), _take(grads, indices)
+            )
+            for index, grad in zip(indices, head_grads, strict=True):
+                grads[index] = grad
+            yield
     yield from layer_pass.backward(torch.cat(grads))
 
 
@@ -170,9 +177,7 @@ def _losses_of(model: Model, request: PendingRequest, batch: MicroBatch, logprob
             return None
     by_output = [arrays[start : start + len(losses)] for start in range(0, len(arrays), len(losses))]
     request.outputs += [dict(zip(outputs, by_datum, strict=True)) for by_datum in zip(*by_output, strict=True)]
-    for name, *column in zip(names, *rows.tolist(), strict=True):
-        for value in column:
-            request.metrics[name] = request.metrics.get(name, 0.0) + value
+    request.datum_metrics += [dict(zip(names, row, strict=True)) for row in rows.tolist()]
     return totals.sum()
 
 

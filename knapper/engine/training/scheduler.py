@@ -6,9 +6,10 @@ Fair by rows (`FairShare`): the least served run goes first, and others fill the
 pass never waits for one that could.
 """
 
+import itertools
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,8 +19,7 @@ from knapper.concurrency.fair_share import FairShare
 from knapper.engine import hardware
 from knapper.engine.executor import Executor, Work, timed
 from knapper.engine.out_of_memory import MemoryShortage, as_shortage
-from knapper.engine.training import batch
-from knapper.engine.training.batch import PendingRequest
+from knapper.engine.training.batch import MicroBatch, PendingRequest
 from knapper.engine.training.trainer import RunState, Trainer
 from knapper.errors import UserError
 from knapper.wire.types import ForwardBackward, ForwardBackwardOutput
@@ -56,14 +56,28 @@ class _Request:
         return self.state.spec.run
 
     @property
-    def rows(self) -> int:
+    def batches(self) -> Sequence[MicroBatch]:
+        """Those that are still to be computed, in order."""
         assert self.opened is not None
-        return self.opened.waiting[0].rows
+        return self.opened.waiting
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A request's micro-batch in a pass."""
+
+    request: _Request
+    rows: int
+
+
+_Lane = list[_Share]
 
 
 def _share(first: _Request, other: _Request) -> bool:
     assert first.opened is not None
     assert other.opened is not None
+    if first is other:
+        return True
     return not (first.alone or other.alone) and first.opened.differentiates == other.opened.differentiates
 
 
@@ -152,54 +166,82 @@ class TrainingScheduler:
             return
         self._isolate([request], failure)
 
-    def _choose(self) -> list[_Request]:
-        """The requests of the next pass: the least served, and others that fit beside it.
+    def _choose(self) -> list[_Lane]:
+        """The micro-batches of the next pass, by lane; of a request each lane has one at most, in the order of lanes.
 
         A run that is a whole pass ahead of one that is left out does not fill up: that would cost the other run time.
         """
+        lanes: list[_Lane] = []
+        while len(lanes) < self._trainer.lanes and (lane := self._choose_lane(lanes)):
+            lanes.append(lane)
+        return lanes
+
+    def _choose_lane(self, before: Sequence[_Lane]) -> _Lane:
+        """The requests of one more lane: the least served, and others that fit beside it. Empty if none is left."""
         rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared(len(self._requests))
-        waiting = [request for request in self._requests if request.opened is not None]
-        waiting.sort(key=lambda request: self._shares.rank(request.run))
-        chosen: list[_Request] = []
+        taken = Counter(id(share.request) for lane in before for share in lane)
+        rows_taken: Counter[str] = Counter()
+        for share in itertools.chain(*before):
+            rows_taken[share.request.run] += share.rows
+
+        def served(request: _Request) -> float:
+            (rows,) = self._shares.rank(request.run)
+            return rows + rows_taken[request.run]
+
+        waiting = [
+            request
+            for request in self._requests
+            if request.opened is not None and taken[id(request)] < len(request.batches)
+        ]
+        waiting.sort(key=served)
+        first = before[0][0].request if before else None
+        chosen: _Lane = []
         rows, bound = 0, math.inf
         for request in waiting:
-            (served,) = self._shares.rank(request.run)
-            if not chosen:
+            more = request.batches[taken[id(request)]].rows
+            if not before and not chosen:
                 self._shares.serve(request.run)
-            if not chosen or (served <= bound and rows + request.rows <= rows_shared and _share(chosen[0], request)):
-                chosen.append(request)
-                rows += request.rows
+                first = request
+            assert first is not None
+            fits = not chosen or (served(request) <= bound and rows + more <= rows_shared)
+            if fits and _share(first, request):
+                chosen.append(_Share(request, more))
+                rows += more
             else:
-                bound = min(bound, served + rows_max)
+                bound = min(bound, served(request) + rows_max)
         return chosen
 
-    def _compute(self, chosen: Sequence[_Request]) -> Work[None]:
-        rows, capacity = [request.rows for request in chosen], self._trainer.rows_shared(len(self._requests))
-        opened = [request.opened for request in chosen if request.opened is not None]
+    def _compute(self, lanes: Sequence[_Lane]) -> Work[None]:
+        capacity = len(lanes) * self._trainer.rows_shared(len(self._requests))
+        shares = list(itertools.chain(*lanes))
+        opened = [[(share.request.state, share.request.opened) for share in lane if share.request.opened is not None]
+                  for lane in lanes]  # fmt: skip
         self.computing = True
         try:
-            _, spent_s = yield from timed(batch.compute(self._trainer.decoder, opened), self._now)
+            _, spent_s = yield from timed(self._trainer.compute(opened), self._now)
         except Exception as error:  # noqa: BLE001  a defect that one request brings out must not fail the others
             failure = as_shortage(error)
         else:
-            self._computed(chosen, spent_s, rows, capacity)
+            self._computed(shares, spent_s, capacity)
             return
         finally:
             self.computing = False
         del opened  # frees gradients that are half added, and perhaps the memory that was lacking
-        self._isolate(chosen, failure)
+        self._isolate(_requests_of(shares), failure)
 
-    def _computed(self, chosen: Sequence[_Request], spent_s: float, rows: Sequence[int], capacity: int) -> None:
-        """Account a finished pass; `rows` of each request."""
+    def _computed(self, shares: Sequence[_Share], spent_s: float, capacity: int) -> None:
+        """Account a finished pass."""
+        total = sum(share.rows for share in shares)
         self.counters.passes += 1
-        self.counters.shares += len(chosen)
-        self.counters.rows += sum(rows)
-        self.counters.capacity += max(capacity, sum(rows))
+        self.counters.shares += len(shares)
+        self.counters.rows += total
+        self.counters.capacity += max(capacity, total)
         with self._lock:
-            self._recent.extend((request.run, request_rows) for request, request_rows in zip(chosen, rows, strict=True))
-        for request, request_rows in zip(chosen, rows, strict=True):
-            request.cost_s += spent_s * request_rows / sum(rows)
-            self._shares.charge(request_rows, request.run)
+            self._recent.extend((share.request.run, share.rows) for share in shares)
+        for share in shares:
+            share.request.cost_s += spent_s * share.rows / total
+            self._shares.charge(share.rows, share.request.run)
+        for request in _requests_of(shares):
             if request.opened is not None and request.opened.done:
                 self._finish(request, request.opened)
 
@@ -252,3 +294,8 @@ class TrainingScheduler:
         for request in requests:
             if request.future.set_running_or_notify_cancel():
                 request.future.set_exception(error)
+
+
+def _requests_of(shares: Sequence[_Share]) -> list[_Request]:
+    """Each once, in the order of the shares."""
+    return list({id(share.request): share.request for share in shares}.values())

@@ -4,7 +4,9 @@ P parameters.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,13 +16,16 @@ from knapper.engine.layers.determinism import keeps_bits
 from knapper.engine.layers.lora import Layout, Lora, layout
 from knapper.engine.memory import ROWS_CPU
 from knapper.engine.models.base import Model
-from knapper.engine.training import optimizer
-from knapper.engine.training.batch import PendingRequest, compute, micro_batches
+from knapper.engine.training import batch, optimizer
+from knapper.engine.training.batch import PendingRequest, micro_batches
 from knapper.engine.training.optimizer import Moments, is_finite
 from knapper.engine.training.validation import check, expect_fit
 from knapper.errors import UserError
 from knapper.state.journal.records import Spec
 from knapper.wire.types import AdamW, ForwardBackward, ForwardBackwardOutput
+
+if TYPE_CHECKING:
+    from knapper.engine.ranks.leader import Leader
 
 # Up to this many rows a CPU's pass takes more requests. From 384 on each is no faster. From 128 on little faster, and
 # every request waits for the whole pass: so a few runs go one after another, or they would end every step together and
@@ -54,11 +59,29 @@ class RunState:
 class Trainer:
     """Trains adapters of many runs on one frozen base model; keeps no run's state."""
 
-    def __init__(self, decoder: Model, rows_max: int = ROWS_CPU, datum_rows_max: int | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Model,
+        rows_max: int = ROWS_CPU,
+        datum_rows_max: int | None = None,
+        ranks: "Leader | None" = None,
+    ) -> None:
         """`rows_max` of a micro-batch bounds memory and how long others wait; a longer datum goes alone, up to
-        `datum_rows_max` tokens. Both are of the process's account of memory.
+        `datum_rows_max` tokens. Both are of the process's account of memory. `ranks`: over which passes are spread.
         """
-        self.decoder, self.rows_max, self._datum_rows_max = decoder, rows_max, datum_rows_max
+        self.decoder, self.rows_max, self._datum_rows_max, self._ranks = decoder, rows_max, datum_rows_max, ranks
+
+    @property
+    def lanes(self) -> int:
+        """Micro-batches of one request that a pass may have."""
+        return 1 if self._ranks is None else self._ranks.lanes
+
+    def compute(self, lanes: Sequence[Sequence[tuple[RunState, PendingRequest]]]) -> Work[None]:
+        """`batch.compute` of each lane, all at once. Raises MemoryShortage if a rank lacks memory."""
+        if self._ranks is not None:
+            return self._ranks.compute(self.decoder, lanes)
+        (lane,) = lanes
+        return batch.compute(self.decoder, [request for _, request in lane])
 
     def rows_shared(self, waiting: int) -> int:
         """Rows up to which a pass takes more requests while `waiting` wait."""
@@ -94,9 +117,7 @@ class Trainer:
         ]
         sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
         batches = deque(micro_batches(request.data, self.rows_max, images))
-        lora = _leaves(state, sums_P)
-        if not keeps_bits(self.decoder.device) and self.decoder.dtype != torch.float32:
-            lora = replace(lora, rounded=state.layout.rounded(state.weights_P, state.scale, self.decoder.dtype))
+        lora = leaves(self.decoder, state.layout, state.weights_P, state.scale, sums_P)
         return PendingRequest(lora, loss, config, sums_P, batches, request.data)
 
     def close(self, state: RunState, pending: PendingRequest) -> tuple[RunState, ForwardBackwardOutput]:
@@ -115,7 +136,7 @@ class Trainer:
         """
         pending = self.open(state, request)
         while not pending.done:
-            yield from compute(self.decoder, [pending])
+            yield from self.compute([[(state, pending)]])
         return self.close(state, pending)
 
     def optim_step(self, state: RunState, values: AdamW) -> Work[tuple[RunState, dict[str, float]]]:
@@ -130,16 +151,17 @@ class Trainer:
         return replace(state, weights_P=weights_P, moments=moments, grads_P=None), metrics
 
 
-def _leaves(state: RunState, sums_P: Tensor | None) -> Lora:
-    """The adapter as leaves whose gradients add into the arena `sums_P`; plain views without one."""
-    lora = state.lora()
-    if sums_P is None:
-        return lora
-    sums = state.layout.lora(sums_P, state.scale)
-    for tensors, grads in ((lora.a, sums.a), (lora.b, sums.b)):
-        for target in tensors:
-            tensors[target] = tensors[target].detach().requires_grad_()
-            tensors[target].grad = grads[target]
+def leaves(model: Model, run_layout: Layout, weights_P: Tensor, scale: float, sums_P: Tensor | None) -> Lora:
+    """The adapter in an arena as leaves whose gradients add into the arena `sums_P`; plain views without one."""
+    lora = run_layout.lora(weights_P, scale)
+    if sums_P is not None:
+        sums = run_layout.lora(sums_P, scale)
+        for tensors, grads in ((lora.a, sums.a), (lora.b, sums.b)):
+            for target in tensors:
+                tensors[target] = tensors[target].detach().requires_grad_()
+                tensors[target].grad = grads[target]
+    if not keeps_bits(model.device) and model.dtype != torch.float32:
+        lora = replace(lora, rounded=run_layout.rounded(weights_P, scale, model.dtype))
     return lora
 
 

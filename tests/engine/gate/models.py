@@ -56,6 +56,17 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
 # A model of a layer for one that takes minutes to load: what it asks beside that of a dense one shows in each layer.
 REDUCED: Final = {"Qwen3-30B-A3B, a layer": CONFIGS["Qwen3-30B-A3B"] | {"num_hidden_layers": 1}}
 
+# Of these no phase is counted: one device does not hold them (tests/engine/ranks/test_plan.py).
+SPREAD: Final[dict[str, dict[str, Any]]] = {
+    "Llama-3.3-70B": CONFIGS["Llama-3.2-3B"] | {
+        "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672,
+        "tie_word_embeddings": False,
+    },
+    "Qwen3-235B-A22B, two layers": CONFIGS["Qwen3-30B-A3B"] | {
+        "hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 64, "moe_intermediate_size": 1536,
+    },
+}  # fmt: skip
+
 
 def write_config(directory: Path, config: dict[str, Any]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
@@ -65,7 +76,7 @@ def write_config(directory: Path, config: dict[str, Any]) -> Path:
 
 def write_model(directory: Path, name: str) -> Path:
     """The model's directory: its weights in bfloat16, without a block on the disk."""
-    write_config(directory, (CONFIGS | REDUCED)[name])
+    write_config(directory, (CONFIGS | REDUCED | SPREAD)[name])
     headers: list[dict[str, Any]] = [{}]
     end = 0
     for tensor, shape in promised(ModelConfig.read(directory)):
