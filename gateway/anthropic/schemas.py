@@ -12,7 +12,7 @@ from knapper.catalogue import chat_images
 from knapper.catalogue.tool_fields import ToolName, call_as_template, use_of
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
-from knapper.wire import grammars, image_files, types
+from knapper.wire import grammars, image_files, json_values, types
 from knapper.wire.image_files import NOT_FETCHED, ImageFile
 from knapper.wire.json import decode
 
@@ -109,6 +109,7 @@ class AnthropicMessage(_Strict, frozen=True, kw_only=True):
             if isinstance(block, TextBlock):
                 texts.append(block.text)
             elif isinstance(block, ToolUseBlock):
+                json_values.expect_shallow(block.input, f"{at}.content[{i}].input")
                 calls.append(call_as_template(block.id, block.name, block.input))
             else:
                 kind = "image" if isinstance(block, ImageBlock) else "tool_result"

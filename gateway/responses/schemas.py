@@ -201,7 +201,7 @@ def _message(item: dict[str, Any], at: str) -> AgentMessage:
             return {"role": _ROLES.get(message.role, message.role), "content": content}
         case "function_call":
             call = json.shape(item, FunctionCallItem, at)
-            arguments = arguments_of(call.arguments, at)
+            arguments = arguments_of(call.arguments, f"{at}.arguments")
             called = [call_as_template(call.call_id, call.name, arguments)]
             return {"role": "assistant", "content": "", "tool_calls": called}
         case "function_call_output":

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from knapper.catalogue.tools import Tool, ToolCall
 from knapper.errors import InvalidField
-from knapper.wire import grammars
+from knapper.wire import grammars, json_values
 
 _CALLS_MAX: Final = 16  # that a grammar allows in one text: without an end, a small model finds none
 _CLOSED: Final = "\n</parameter>"
@@ -111,7 +111,7 @@ class QwenCoder(CallFormat):
             return None
         properties = tools[match[1]].parameters.get("properties") or {}
         arguments = {name: _typed(text, properties.get(name)) for name, text in self._parameter.findall(match[2])}
-        return [ToolCall(match[1], json.dumps(arguments, ensure_ascii=False))]
+        return [ToolCall(match[1], json_values.to_text(arguments))]
 
     def rules(self, tools: Sequence[Tool], several: bool, mark: Marks) -> tuple[str, dict[str, Mapping[str, Any]]]:
         bodies, values, parts = [], list[str](), dict[str, Mapping[str, Any]]()
@@ -161,7 +161,7 @@ class MistralArguments(CallFormat):
             arguments = _json(written[match.end() :]) if match else None
             if match is None or match[1] not in tools or not isinstance(arguments, dict):
                 return None
-            calls.append(ToolCall(match[1], json.dumps(arguments, ensure_ascii=False)))
+            calls.append(ToolCall(match[1], json_values.to_text(arguments)))
         return calls
 
     def rules(self, tools: Sequence[Tool], several: bool, mark: Marks) -> tuple[str, dict[str, Mapping[str, Any]]]:
@@ -219,18 +219,19 @@ def _parts(tools: Sequence[Tool]) -> dict[str, Mapping[str, Any]]:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text, strict=False)  # models break lines inside of texts
-    except (ValueError, RecursionError):
+        return json_values.of_text(text)
+    except json_values.NotJson:
         return None
 
 
 def _call(written: Any, key: str, tools: Mapping[str, Tool]) -> ToolCall | None:
     """One call of an object with name and arguments. A model may write the arguments as a text of JSON."""
-    if not isinstance(written, dict) or written.get("name") not in tools:
+    name = written.get("name") if isinstance(written, dict) else None
+    if not isinstance(name, str) or name not in tools:
         return None
     arguments = written.get(key, {})
     arguments = _json(arguments) if isinstance(arguments, str) else arguments
-    return ToolCall(written["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    return ToolCall(name, json_values.to_text(arguments)) if isinstance(arguments, dict) else None
 
 
 def _in_xml(schema: Any) -> str | None:
@@ -254,8 +255,8 @@ def _typed(text: str, schema: Any) -> Any:
     if isinstance(schema, Mapping) and schema.get("type") == "string":
         return text if _in_xml(schema) or not text.startswith('"') else _json(text)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return json_values.of_text(text)
+    except json_values.NotJson:
         return text
 
 

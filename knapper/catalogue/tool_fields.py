@@ -1,6 +1,6 @@
 """The fields `tools`, `tool_choice` and `tool_calls` of chats, checked, as templates and formats take them."""
 
-import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,7 +11,7 @@ from knapper.catalogue import chat_images
 from knapper.catalogue.conversations import ChatMessage, MessagePart
 from knapper.catalogue.tools import AgentMessage, Tool, ToolUse
 from knapper.errors import InvalidField
-from knapper.wire import image_files
+from knapper.wire import image_files, json_values
 
 _IMAGE = "image_url"
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
@@ -48,8 +48,12 @@ ToolChoice = Literal["none", "auto", "required"] | ChosenTool
 
 
 def use_of(tools: list[Tool], choice: Literal["none", "auto", "required"], name: str | None, several: bool) -> ToolUse:
-    """Raises InvalidField for two tools of one name, for too much of them, and for a choice that none of them is."""
+    """Raises InvalidField for two tools of one name, for too much of them, for parameters that are no object's schema,
+    and for a choice that none of them is.
+    """
     names = [tool.name for tool in tools]
+    for i, tool in enumerate(tools):
+        _expect_schema(tool.parameters, f"tools[{i}].parameters")
     if (size := len(msgspec.json.encode(tools))) > limits.tools_bytes_max:
         raise InvalidField("tools: bytes", size, f"up to {limits.tools_bytes_max}")
     if twice := next((each for each in names if names.count(each) > 1), None):
@@ -59,6 +63,16 @@ def use_of(tools: list[Tool], choice: Literal["none", "auto", "required"], name:
     if name is not None and name not in names:
         raise InvalidField("tool_choice", name, f"one of tools: {', '.join(names)}")
     return ToolUse(tuple(tools), "required" if name is not None else choice, name, several)
+
+
+def _expect_schema(parameters: Mapping[str, Any], field: str) -> None:
+    """What templates and formats of calls read of it; the rest is looked at where a call is forced."""
+    json_values.expect_shallow(parameters, field)
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    if not isinstance(properties, dict):
+        raise InvalidField(f"{field}.properties", properties, "an object: a schema for each name")
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise InvalidField(f"{field}.required", required, "a list of names")
 
 
 class CalledFunction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,7 +89,8 @@ class SentCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     index: int | None = None
 
     def as_template(self, at: str) -> dict[str, Any]:
-        return call_as_template(self.id, self.function.name, arguments_of(self.function.arguments, at))
+        arguments = arguments_of(self.function.arguments, f"{at}.function.arguments")
+        return call_as_template(self.id, self.function.name, arguments)
 
 
 class ImageUrl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,12 +143,12 @@ def call_as_template(call_id: str, name: str, arguments: dict[str, Any]) -> dict
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def arguments_of(text: str, at: str) -> dict[str, Any]:
+def arguments_of(text: str, field: str) -> dict[str, Any]:
     """Raises InvalidField for what is no JSON object."""
     try:
-        arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
+        arguments = json_values.of_text(text) if text.strip() else {}
+    except json_values.NotJson:
         arguments = None
     if not isinstance(arguments, dict):
-        raise InvalidField(f"{at}.function.arguments", text, "a JSON object, as a text")
+        raise InvalidField(field, text, f"a JSON object, as a text, of up to {limits.json_nesting_max} levels")
     return arguments

@@ -16,6 +16,7 @@ from knapper.rewards import sandboxed
 from knapper.rewards.scorer import RewardFailed
 from knapper.sandbox.pool import Order, Sandbox, SandboxMissing
 from knapper.wire import json
+from knapper.wire.untrusted import parsing
 
 _PLAY = "knapper.rewards.environments:play"
 _PRELOAD = ("knapper.rewards.environments",)
@@ -71,22 +72,25 @@ async def play(environment: EnvironmentCode, episode: EpisodeSoFar, sandbox: San
         }  # fmt: skip
         order = Order(_PLAY, arguments, environment.timeout_s, episode.seed)
         value = await sandboxed.result_of(order, preload=(*_PRELOAD, *preload), sandbox=sandbox)
-        return await asyncio.to_thread(_checked, environment, episode, value)
+        return await asyncio.to_thread(_checked, environment.name, episode, value)
     except SandboxMissing:
         raise
     except UserError as error:
         raise RewardFailed(episode.id, str(error)) from error
 
 
-def _checked(environment: EnvironmentCode, episode: EpisodeSoFar, value: object) -> Played:
-    played = json.shape(value, Played, environment.name)
+def _checked(name: str, episode: EpisodeSoFar, value: object) -> Played:
+    """Raises UserError."""
+    with parsing(lambda error: UserError(f"{name} answered what is not plain JSON: {error}")):
+        msgspec.json.encode(value)  # as it is stored
+    played = json.shape(value, Played, name)
     if len(played.digests) != len(episode.turns) + 1:
         raise UserError("it wrote something else than a result into its result channel")
     for n, (now, before) in enumerate(zip(played.digests, episode.digests, strict=False)):
         if now != before:
             at = f"turn {n}" if n else "reset"
             raise UserError(
-                f"{at}: {environment.name} answered otherwise than before, to the same turns; allowed: an environment "
+                f"{at}: {name} answered otherwise than before, to the same turns; allowed: an environment "
                 "that depends on its row, on what is sampled, and on `random`, which is seeded"
             )
     if isinstance(played.said.messages, list):

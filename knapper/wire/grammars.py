@@ -6,11 +6,12 @@ process: it is compiled by recursion, on the stack.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from knapper import limits
 from knapper.errors import InvalidField
+from knapper.wire import json_values
 
 # Between two JSON values one space, or a line and its indentation: without a bound a model may draw blanks for ever.
 _WHITESPACE: Final = r"\x20|\n\x20{0,32}"
@@ -70,9 +71,7 @@ def parser_limits() -> Any:
 
 def _expect_shallow(schema: Mapping[str, Any], field: str) -> None:
     """Bounds how deep the stack gets: at most by the schema's own nesting, and that of each target of a reference."""
-    own = _nesting(schema)
-    if own > limits.schema_nesting_max:
-        raise InvalidField(f"{field}: nesting", own, f"up to {limits.schema_nesting_max} levels", _TODO)
+    own = json_values.expect_shallow(schema, field, _TODO)
     levels: dict[int, int] = {}
     references: set[str] = set()
     _measure(schema, levels, references)
@@ -82,29 +81,14 @@ def _expect_shallow(schema: Mapping[str, Any], field: str) -> None:
         raise InvalidField(f"{field}: nesting", whole, allowed, _TODO)
 
 
-def _nesting(node: object) -> int:
-    """Levels of lists and objects. Without recursion, as nothing bounds them yet."""
-    deepest, waiting = 0, [(node, 1)]
-    while waiting:
-        inner, depth = waiting.pop()
-        if isinstance(inner, (dict, list)):
-            deepest = max(deepest, depth)
-            waiting.extend((each, depth + 1) for each in _inside(inner))
-    return deepest
-
-
 def _measure(node: object, levels: dict[int, int], references: set[str]) -> int:
     """Levels of the node. Notes those of all lists and objects in it, by identity, and the references."""
     if not isinstance(node, (dict, list)):
         return 0
     if isinstance(node, dict) and isinstance(reference := node.get("$ref"), str):
         references.add(reference)
-    levels[id(node)] = 1 + max((_measure(each, levels, references) for each in _inside(node)), default=0)
+    levels[id(node)] = 1 + max((_measure(each, levels, references) for each in json_values.inside(node)), default=0)
     return levels[id(node)]
-
-
-def _inside(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node
 
 
 def _target(root: object, reference: str, field: str) -> object:

@@ -19,6 +19,7 @@ NOT_FETCHED: Final = "Send the image's bytes: this server fetches nothing that a
 _SHOWN: Final = 64  # of a URL, in which the type of its data has to be
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers of JPEG: ITU T.81, table B.1
+_FILL: Final = re.compile(rb"(?:\xff+(?=\xff))?")  # before a marker; megabytes of it, if somebody likes
 _ALONE: Final = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
 _SCAN: Final = frozenset({0xD9, 0xDA})  # behind which is no header
 
@@ -82,8 +83,7 @@ def _jpeg(data: bytes) -> tuple[int, int] | None:
         return None
     at, found = 2, None
     for _ in range(limits.image_segments_max):
-        while data[at : at + 2] == b"\xff\xff":  # a marker may be filled up
-            at += 1
+        at = _FILL.match(data, at).end()  # type: ignore[union-attr]  # it matches nothing, too
         if len(data) < at + 4 or data[at] != 0xFF:
             return None
         marker = data[at + 1]

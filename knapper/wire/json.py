@@ -63,6 +63,8 @@ def shape(value: object, kind: type[T], at: str) -> T:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise _explain(str(error), value, kind, at) from error
+    except UnicodeError as error:  # of a field's name, which Python's parser takes
+        raise InvalidField(at, value, "JSON without halves of surrogate pairs") from error
 
 
 def loads(body: bytes) -> Any:

@@ -11,7 +11,7 @@ from msgspec import Meta
 from knapper import ids, limits
 from knapper.errors import InvalidField, TooLarge
 from knapper.ids import RunId, SessionId
-from knapper.wire import types
+from knapper.wire import json_values, types
 from knapper.wire.fields import (
     AccessToken,
     Id,
@@ -50,6 +50,9 @@ class CreateSession(RequestBody, frozen=True, kw_only=True):
     project_id: Text | None = None
     display_name: Text | None = None
     type: Literal["create_session"] = "create_session"
+
+    def __post_init__(self) -> None:
+        json_values.expect_shallow(self.user_metadata, "user_metadata")
 
     def user_metadata_json(self) -> str:
         return _bounded_json(self.user_metadata)
@@ -98,6 +101,9 @@ class CreateModel(RequestBody, frozen=True, kw_only=True):
     lora_config: LoraConfig | None = None
     optimizer_config: dict[str, Any] | None = None
     type: Literal["create_model"] = "create_model"
+
+    def __post_init__(self) -> None:
+        json_values.expect_shallow(self.user_metadata, "user_metadata")
 
     def run(self) -> RunId:
         return ids.make_run_id(ids.session_id(self.session_id), self.model_seq_id)
@@ -208,6 +214,9 @@ class LoadWeights(RequestBody, frozen=True, kw_only=True):
     optimizer_config: dict[str, Any] | None = None
     weights_access_token: AccessToken | None = None
     type: Literal["load_weights"] = "load_weights"
+
+    def __post_init__(self) -> None:
+        json_values.expect_shallow(self.user_metadata, "user_metadata")
 
     def creates(self) -> RunId | None:
         """The run that it creates, or None for a load into an existing one. Raises InvalidField."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
+import msgspec
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -138,6 +139,39 @@ def test_calls_are_found_in_a_text_however_it_is_cut(form: CallFormat, text: str
         assert read(form, f"  I look. \n\n{text}", size) == ["  I look.", CITY]
         assert read(form, "a < b <tool [TOOL ", size) == ["a < b <tool [TOOL "]
     assert read(form, "Nothing to call {} here.", size) == ["Nothing to call {} here."]
+
+
+ODD = ['{"city": "\\ud83d"}', '{"\\udc00": 1}', '{"city": NaN}', '{"days": -Infinity}',
+       f'{{"days": {"1" * 5000}}}', f'{{"city": {"[" * 200}{"]" * 200}}}', f'{{"city": {"[" * 9000}']  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd[:16])
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
+def test_arguments_that_json_cannot_hold_are_no_call(form: CallFormat, odd: str) -> None:
+    """A client would not be able to read them, nor the server to send them."""
+    text = {type(each): written.replace('{"city": "Oslo", "days": 2}', odd) for each, written in WRITTEN}[type(form)]
+    text = text.replace("\n2\n", f"\n{odd}\n")  # where each argument is written alone: one that is a text, then
+    alone = ToolCall("get_weather", json.dumps({"city": "Oslo", "days": odd}))
+    assert read(form, text, 1000) == [alone if isinstance(form, QwenCoder) else text]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("1e999", 10**309), ("-9810E3531831723105", -(10**309)), ("1e308", 1e308)]
+)
+def test_a_number_that_no_double_holds_stays_json(written: str, meant: float) -> None:
+    """A grammar of JSON draws such numbers too."""
+    for form, text in WRITTEN:
+        (call,) = read(form, text.replace("2", written), 1000)
+        assert isinstance(call, ToolCall)
+        assert msgspec.json.decode(call.arguments) == {"city": "Oslo", "days": meant}
+
+
+@pytest.mark.parametrize("name", ['["get_weather"]', "{}", "1", "null", "true", "1e999", '"\\ud800"'])
+def test_a_call_of_what_is_no_name_is_none(name: str) -> None:
+    for form, written in WRITTEN:
+        if '"get_weather"' in written:
+            text = written.replace('"get_weather"', name)
+            assert read(form, text, 1000) == [text]
 
 
 @pytest.mark.parametrize("size", [1, 7])

@@ -104,7 +104,7 @@ def test_a_function_is_called_and_its_output_comes_back(client: openai.OpenAI, m
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0].type"),
         ({"input": [{"type": "reasoning"}]}, "input[0].type"),
         ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]},
-         "input[0].function.arguments"),
+         "input[0].arguments"),
         ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}}}, "text.format"),
         ({"input": "x" * 5000}, "input"),
     ],

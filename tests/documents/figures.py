@@ -152,7 +152,7 @@ IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
         ("the newest thousand of your sampler checkpoints", 1000, "limits:models_listed_max"),
         ("up to 128 `tools`", 128, "limits:tools_max"),
         ("up to 16 of them", 16, "knapper.catalogue.call_formats:_CALLS_MAX"),
-        ("100 levels", 100, "limits:schema_nesting_max"),
+        ("100 levels", 100, "limits:json_nesting_max"),
         ("512 with the targets of `$ref` added up", 512, "limits:schema_levels_max"),
     ],
     "docs/operating.md": [

@@ -187,6 +187,12 @@ WRONG = {
                      "turn 1: PermissionError"),
     "says a role that is none": ('[{"role": "user", "content": f"heard', '[{"role": 3, "content": f"heard',
                                  "messages[0].role"),
+    "says half a character": ('[{"role": "user", "content": f"heard', '[{"role": "user", "content": f"\\ud800',
+                              "env.py answered what is not plain JSON: 'utf-8' codec can't encode"),
+    "says half a character alone": ('[{"role": "user", "content": f"heard {len(said)} of {random.randint(0, 9)}"}]',
+                                    "chr(0xD800)", "env.py answered what is not plain JSON"),
+    "names half a character": ('[{"role": "user", "content": f"heard', '[{"\\ud800": 1, "content": f"heard',
+                               "env.py answered what is not plain JSON"),
     "shows an image": ('[{"role": "user", "content": f"heard', f'[{{"role": "user", "content": {IMAGE} or f"heard',
                        "messages[0].content is 'an image'; allowed: texts"),
 }  # fmt: skip

@@ -48,6 +48,13 @@ def test_a_size_is_what_pillow_says(kind: str, options: dict[str, Any]) -> None:
         assert (found.data, found.format, found.name) == (data, kind, "messages[0].content[0]")
 
 
+def test_markers_may_be_filled_up_with_any_number_of_bytes() -> None:
+    """Seven million of them, which are passed over at once: one by one they would take a worker's second."""
+    for fill in (1, 2, 7_000_000):
+        data = jpeg(4).replace(b"\xff\xfe", b"\xff" * fill + b"\xff\xfe", 1)
+        assert (read(url(data, "jpeg")).width, read(url(data, "jpeg")).height) == (5, 3)
+
+
 def png(width: int, height: int, more: int = 0) -> bytes:
     """A header without pixels."""
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", width, height, 8, 2, 0, 0, 0) + bytes(more)

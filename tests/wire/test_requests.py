@@ -168,6 +168,27 @@ def test_metadata_has_its_limit() -> None:
         requests.decode(body(room + 1), requests.SaveWeights)
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (requests.CreateSession, {}),
+        (requests.CreateModel, {"session_id": "ses-1", "model_seq_id": 0, "base_model": "m"}),
+        (requests.LoadWeights, {"path": "p", "optimizer": True}),
+    ],
+)
+def test_metadata_is_no_deeper_than_everything_that_reads_it_later_can_go(
+    kind: type[msgspec.Struct], more: dict[str, Any]
+) -> None:
+    def body(levels: int) -> bytes:
+        metadata = b'{"a":' * levels + b"1" + b"}" * levels
+        return msgspec.json.encode(more | {"user_metadata": msgspec.Raw(metadata)})
+
+    assert requests.decode(body(limits.json_nesting_max), kind)
+    for levels in (limits.json_nesting_max + 1, 950):
+        with pytest.raises(InvalidField, match=f"user_metadata: nesting is {levels}; allowed: up to 100 levels"):
+            requests.decode(body(levels), kind)
+
+
 def sample(**changes: Any) -> sample_requests.SampleCall:
     sent = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}, "sampling_params": {}} | changes
     return requests.decode(msgspec.json.encode(sent), sample_requests.AsampleBody).call("model", "adapters/x/", 99)

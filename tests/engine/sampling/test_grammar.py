@@ -171,9 +171,9 @@ def chained(references: int, each: int) -> dict[str, Any]:
 
 
 def test_nesting_is_bounded_also_through_references() -> None:
-    grammar_of(nested(limits.schema_nesting_max))
+    grammar_of(nested(limits.json_nesting_max))
     with pytest.raises(InvalidField, match="schema: nesting is 101"):
-        grammar_of(nested(limits.schema_nesting_max + 1))
+        grammar_of(nested(limits.json_nesting_max + 1))
     longest = (limits.schema_levels_max - 4 - 1) // 2  # four levels of the whole, one of the last definition
     grammar_of(chained(longest, 2))
     with pytest.raises(InvalidField, match=r"schema: nesting is 51\d; allowed: up to 512"):
