@@ -13,6 +13,7 @@ from knapper.cli import chaos as chaos
 from knapper.cli import demo as demo
 from knapper.cli import export as export
 from knapper.cli import jobs as jobs
+from knapper.cli import referee as referee
 from knapper.cli.tables import Json, listing, utc
 from knapper.text.printable import say
 
@@ -39,6 +40,7 @@ app.command()(jobs.usage)
 app.add_typer(deploy.app, name="deploy")
 app.command()(deploy.doctor)
 app.command()(chaos.chaos)
+app.command()(referee.referee)
 app.command()(demo.demo)
 app.command()(export.export)
 app.command()(models.models)
