@@ -42,6 +42,9 @@ def add(
         typer.Option("--one-pod", help="Train and sample in one pod on one GPU, with vLLM where it takes the model."),
     ] = False,
     sample_replicas_max: Annotated[int | None, typer.Option(min=1, help="Most pods that sample.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=2, max=8, help="GPUs of a pod, over which the model is spread: 2, 4 or 8.")
+    ] = None,
     dry_run: DryRun = False,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
@@ -62,7 +65,7 @@ def add(
     rendered = render(path)
     if component := model_description.component(sampler, one_pod, described, rendered):
         rendered = render(path, root / "knative" / "components" / component)
-    made = objects(rendered, Wanted(described.record, accelerator, sample_replicas_max))
+    made = objects(rendered, Wanted(described.record, accelerator, sample_replicas_max, gpus))
     if dry_run:
         say(*yaml.safe_dump_all(made, sort_keys=False).splitlines())
         return

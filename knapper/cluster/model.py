@@ -16,6 +16,8 @@ NAMESPACE = "knapper"
 LABEL = "knapper.dev/model"
 SERVICES = ("train-step", "sample")
 MODELS = "knapper-models"  # the ConfigMap that the gateway reads
+GPUS = (2, 4, 8)  # of a pod that has several
+_DEVICES, _SHARED_MEMORY = "KNAPPER_DEVICES", "/dev/shm"
 _ACCELERATOR = "cloud.google.com/gke-accelerator"
 _PLACEHOLDER = re.compile(r"PROJECT_ID|PROJECT_NUMBER|REGION-docker")
 
@@ -27,6 +29,7 @@ class Wanted:
     record: ModelRecord  # its URLs are set here
     accelerator: str  # by its GKE name; empty: that of the manifests
     sample_replicas_max: int | None = None
+    gpus: int | None = None  # of a pod; None: those of the manifests
 
 
 def objects(manifests: Sequence[Object], wanted: Wanted) -> list[Object]:
@@ -96,12 +99,41 @@ def _service(thing: Object, service: str, name: str, wanted: Wanted) -> Object:
                 "Take an overlay for GPUs, or leave --accelerator out",
             )  # fmt: skip
         template["spec"]["nodeSelector"] = template["spec"].get("nodeSelector", {}) | {_ACCELERATOR: wanted.accelerator}
+    if wanted.gpus is not None:
+        _spread(thing, wanted.gpus)
     if service == "sample" and wanted.sample_replicas_max is not None:
         scale = str(wanted.sample_replicas_max)
         template["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"] = scale
     if samples_by_vllm(thing) or samples_too(thing):
         container["image"] = _with_vllm(container["image"])
     return thing
+
+
+def _spread(thing: Object, gpus: int) -> None:
+    """Have so many GPUs in a pod, with CPUs and memory in proportion, and the model spread over them."""
+    if gpus not in GPUS or not has_gpu(thing) or shares_card(thing):
+        raise InvalidField(
+            "gpus", gpus, "2, 4 or 8, with manifests whose pods have GPUs of their own",
+            "Take an overlay such as gke-h100, without components/gpu-time-sharing",
+        )  # fmt: skip
+    spec = thing["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    resources = container["resources"]
+    before = int(resources["limits"]["nvidia.com/gpu"])
+    for amounts in (resources["requests"], resources["limits"]):
+        for name, amount in amounts.items():
+            amounts[name] = _times(amount, gpus / before)
+    container["env"] = [each for each in container["env"] if each["name"] != _DEVICES]
+    container["env"].append({"name": _DEVICES, "value": str(gpus)})
+    if all(mount["mountPath"] != _SHARED_MEMORY for mount in container["volumeMounts"]):  # vLLM's pods have one
+        container["volumeMounts"].append({"name": "shm", "mountPath": _SHARED_MEMORY})
+        spec["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
+
+
+def _times(amount: str, factor: float) -> str:
+    """A quantity of Kubernetes, a whole number with or without a unit, so many times."""
+    number, unit = re.fullmatch(r"(\d+)([A-Za-z]*)", amount).groups()  # type: ignore[union-attr]  # our manifests have such
+    return f"{int(int(number) * factor)}{unit}"
 
 
 def samples_by_vllm(service: Object) -> bool:

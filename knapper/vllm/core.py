@@ -28,7 +28,9 @@ class CoreEnded(Unavailable):
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a core. `memory`: its part of a GPU; on a CPU the KV cache has `kv_bytes`, whole GiB."""
+    """The options of a core. `memory`: its part of a GPU; on a CPU the KV cache has `kv_bytes`, whole GiB. `devices`:
+    GPUs that the model is divided over, by tensor parallelism.
+    """
 
     directory: Path
     dtype: Literal["float32", "bfloat16"]
@@ -42,6 +44,7 @@ class Options:
     kv_bytes: int
     threads: int
     sleeps: bool
+    devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ class Core:
             enable_prefix_caching=True,
             enforce_eager=options.device == "cpu",  # compiling takes minutes there, and gains little
             enable_sleep_mode=options.sleeps,
+            tensor_parallel_size=options.devices,
             disable_log_stats=True,
             worker_extension_cls="knapper.vllm.worker.WorkerPatches",
             **({"gpu_memory_utilization": options.memory} if options.device == "cuda" else {}),

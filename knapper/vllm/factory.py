@@ -1,6 +1,7 @@
 """Opens the vLLM sampler of this process's settings, ready to sample."""
 
 import atexit
+import math
 import time
 from collections.abc import MutableMapping
 from dataclasses import replace
@@ -60,8 +61,9 @@ def open_sampler(
         left = max(0, host_memory.available() - _weights(directory, dtype))
         kv_bytes, fits = on_cpu(facts, dtype, left, settings.kv_memory)
     else:
-        card = int(settings.vllm_memory * torch.cuda.get_device_properties(0).total_memory)
-        fits = on_gpu(facts, dtype, card - _weights(directory, dtype), settings.vllm_adapters, settings.vllm_rank)
+        expect_divisible(facts, settings)
+        cards = settings.devices * int(settings.vllm_memory * torch.cuda.get_device_properties(0).total_memory)
+        fits = on_gpu(facts, dtype, cards - _weights(directory, dtype), settings.vllm_adapters, settings.vllm_rank)
     facts = replace(facts, context=fitting(facts.context, fits, settings))
     options = Options(
         directory=directory,
@@ -76,6 +78,7 @@ def open_sampler(
         kv_bytes=kv_bytes,
         threads=settings.threads,
         sleeps=device == "cuda" and settings.vllm_idle_s > 0,
+        devices=settings.devices if device == "cuda" else 1,
     )
     attempts = Attempts(f"model {settings.model}", time.monotonic)
     engine = CoreLifecycle(lambda: Core.start(options, environ), settings.vllm_idle_s, attempts, neighbour)
@@ -94,6 +97,14 @@ def open_sampler(
     )  # fmt: skip
     Readings(_readings(sampler, engine, device_time, options.sequences_max))
     return sampler, facts.context, options.dtype
+
+
+def expect_divisible(facts: ModelConfig, settings: Settings) -> None:
+    """Raises InvalidField for a number of devices that vLLM cannot divide the attention heads by."""
+    heads = math.gcd(*(mixer.heads for mixer in facts.attention))
+    if heads % settings.devices:
+        allowed = f"a divisor of {heads}, the model's attention heads, where vLLM samples"
+        raise InvalidField("KNAPPER_DEVICES", settings.devices, allowed)
 
 
 def on_cpu(facts: ModelConfig, dtype: torch.dtype, left: int, part: float) -> tuple[int, int]:

@@ -193,6 +193,25 @@ def test_one_pod_trains_and_samples_on_one_gpu(cluster: Cluster, config: Path, o
     assert "in train-step" in next(line for line in listed.splitlines() if line.startswith(MODEL))
 
 
+@pytest.mark.parametrize(("gpus", "sampler"), [(2, ""), (4, "vllm"), (8, "")])
+def test_a_model_is_spread_over_the_gpus_of_a_pod(config: Path, overlay: Path, gpus: int, sampler: str) -> None:
+    add = ["deploy", "add", MODEL, "--config", str(config), "--manifests", str(overlay), "--dry-run"]
+    more = ["--sampler", sampler] if sampler else []
+    one, several = (
+        list(yaml.safe_load_all(knapper(*add, *more, *given).stdout)) for given in ([], ["--gpus", str(gpus)])
+    )
+    if schema.CRDS is not None:
+        assert [error for thing in several for error in schema.errors(thing)] == []
+    for before, service in zip(one[:2], several[:2], strict=True):
+        (was,), (container,) = (each["spec"]["template"]["spec"]["containers"] for each in (before, service))
+        assert {"name": "KNAPPER_DEVICES", "value": str(gpus)} in container["env"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == str(gpus)
+        for which, name, unit in (("requests", "cpu", ""), ("requests", "memory", "Gi"), ("limits", "memory", "Gi")):
+            of_one = int(was["resources"][which][name].removesuffix(unit))
+            assert container["resources"][which][name] == f"{gpus * of_one}{unit}"
+        assert [mount["mountPath"] for mount in container["volumeMounts"]].count("/dev/shm") == 1
+
+
 def _values(thing: object, key: str) -> list[str]:
     if isinstance(thing, dict):
         return [found for name, value in thing.items() for found in ([value] if name == key else _values(value, key))]
@@ -211,7 +230,10 @@ def test_the_manifests_own_model_keeps_its_names(overlay: Path, config: Path) ->
     ("arguments", "words"),
     [
         (["--manifests", "gke-l4"], "an overlay with the names of your project in it"),
-        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-h100-one-pod, gke-h100-vllm, gke-l4, gke-l4-shared"),
+        (["--manifests", "gke-b200"], "an overlay: gke-h100, gke-h100-8, gke-h100-one-pod, gke-h100-vllm, gke-l4"),
+        (["--manifests", "gke-h100", "--gpus", "3"], "gpus is 3; allowed: 2, 4 or 8"),
+        (["--manifests", "gke-l4-shared", "--gpus", "2"], "with manifests whose pods have GPUs of their own"),
+        (["--manifests", "local", "--gpus", "2"], "with manifests whose pods have GPUs of their own"),
         (["--manifests", "local", "--accelerator", "nvidia-l4"], "ask for no GPU"),
         (["--manifests", "local", "--sampler", "tgi"], "sampler is 'tgi'; allowed: vllm"),
         (["--manifests", "local", "--sampler", "vllm"], "ask for no GPU"),

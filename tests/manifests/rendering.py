@@ -13,7 +13,8 @@ from knapper.cluster.kustomize import Object, render
 
 ROOT = Path(__file__).parents[2]
 VLLM = ["overlays/gke-l4-vllm", "overlays/gke-h100-vllm"]
-OVERLAYS = ["overlays/local", "overlays/gke-l4", "overlays/gke-l4-shared", "overlays/gke-h100", *VLLM]
+SPREAD = {"overlays/gke-l4-4": 4, "overlays/gke-h100-8": 8}  # GPUs of a pod
+OVERLAYS = ["overlays/local", "overlays/gke-l4", "overlays/gke-l4-shared", "overlays/gke-h100", *VLLM, *SPREAD]
 ONE_POD = "overlays/gke-h100-one-pod"  # its train-step samples too, at /sample/
 APPLIED = [*OVERLAYS, ONE_POD, "cluster/operator"]
 KUBECTL = shutil.which("kubectl")

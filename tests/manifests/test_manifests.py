@@ -28,6 +28,7 @@ from tests.manifests.rendering import (
     ONE_POD,
     OVERLAYS,
     ROOT,
+    SPREAD,
     VLLM,
     by_kubectl,
     find,
@@ -381,6 +382,25 @@ def test_two_on_one_gpu_are_told_their_parts_of_its_memory(sampler: str, tmp_pat
     assert 0.8 <= sum(taken) <= 0.95, "and CUDA itself wants some hundred MB a process"
     for overlay in ("overlays/gke-l4", "overlays/gke-h100", *VLLM):
         assert not {"KNAPPER_GPU_MEMORY_SHARE", "KNAPPER_VLLM_MEMORY"} & set(values(rendered(overlay), "sample"))
+
+
+@pytest.mark.parametrize("overlay", SPREAD)
+def test_a_model_is_spread_over_the_gpus_of_its_pod(overlay: str) -> None:
+    for name in ("train-step", "sample"):
+        spec = find(rendered(overlay), "Service", name)["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        devices = [each["value"] for each in container["env"] if each["name"] == "KNAPPER_DEVICES"]
+        assert devices == [container["resources"]["limits"]["nvidia.com/gpu"]] == [str(SPREAD[overlay])]
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"], "NCCL's, where cards have no link"
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_a_component_gives_a_pod_of_one_gpu_several(tmp_path: Path, gpus: int) -> None:
+    objects = render(stacked(tmp_path, "overlays/gke-h100", f"components/gpus-{gpus}"))
+    assert list(rules.findings(objects)) == []
+    (container,) = find(objects, "Service", "train-step")["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == str(gpus)
+    assert {"name": "KNAPPER_DEVICES", "value": str(gpus)} in container["env"]
 
 
 def test_one_pod_has_both_functions_of_a_model(tmp_path: Path) -> None:

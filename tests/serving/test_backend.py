@@ -126,3 +126,14 @@ def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: py
     )
     with_gpu(monkeypatch, Driver())
     assert hardware.why_no_cuda(said) == ""
+
+
+def test_vllm_divides_a_model_by_its_heads_alone() -> None:
+    from knapper.engine.memory_table import SPREAD
+    from knapper.vllm.factory import expect_divisible
+
+    facts = SPREAD["Llama-3.3-70B"]  # 64 heads
+    for devices in ("1", "2", "8", "64"):
+        expect_divisible(facts, Settings.load({"KNAPPER_DEVICES": devices}))
+    with pytest.raises(InvalidField, match="KNAPPER_DEVICES is 3; allowed: a divisor of 64"):
+        expect_divisible(facts, Settings.load({"KNAPPER_DEVICES": "3"}))

@@ -14,6 +14,15 @@ resource "google_container_node_pool" "this" {
     location_policy      = "ANY" # wherever there is a GPU
   }
 
+  # Machines beside each other, for pods that are on several: a pod's own GPUs are in one machine anyway.
+  dynamic "placement_policy" {
+    for_each = var.compact_placement ? ["COMPACT"] : []
+
+    content {
+      type = placement_policy.value
+    }
+  }
+
   management {
     auto_repair  = true
     auto_upgrade = true
@@ -93,6 +102,11 @@ resource "google_container_node_pool" "this" {
   }
 
   lifecycle {
+    precondition {
+      condition     = !var.compact_placement || length(var.zones) == 1
+      error_message = "compact_placement needs one zone: machines of two are never close."
+    }
+
     ignore_changes = [node_config[0].taint, node_config[0].resource_labels] # GKE adds its own for GPUs and Spot
   }
 }

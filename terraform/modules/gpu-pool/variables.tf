@@ -49,7 +49,7 @@ variable "accelerator" {
 }
 
 variable "accelerators_per_node" {
-  description = "GPUs of one node."
+  description = "GPUs of one node; a pod with components/gpus-8 needs 8, of a3-highgpu-8g or g2-standard-96."
   type        = number
   default     = 1
 
@@ -57,6 +57,12 @@ variable "accelerators_per_node" {
     condition     = contains([1, 2, 4, 8], var.accelerators_per_node)
     error_message = "accelerators_per_node must be 1, 2, 4 or 8."
   }
+}
+
+variable "compact_placement" {
+  description = "Nodes close to each other, for base models that are spread over more than one; then zones must be one."
+  type        = bool
+  default     = false
 }
 
 variable "nodes_max" {

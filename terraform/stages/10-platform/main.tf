@@ -83,6 +83,7 @@ module "gpu_pool" {
   machine_type          = each.value.machine_type
   accelerator           = each.value.accelerator
   accelerators_per_node = each.value.accelerators_per_node
+  compact_placement     = each.value.compact_placement
   nodes_max             = each.value.nodes_max
   provisioning          = each.value.provisioning
   time_sharing_clients  = each.value.time_sharing_clients

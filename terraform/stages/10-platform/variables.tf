@@ -42,6 +42,7 @@ variable "gpu_pools" {
     accelerator           = string
     zones                 = list(string)
     accelerators_per_node = optional(number, 1)
+    compact_placement     = optional(bool, false)
     nodes_max             = optional(number, 2)
     provisioning          = optional(string, "spot")
     time_sharing_clients  = optional(number, 1)
