@@ -12,6 +12,7 @@ from knapper.catalogue.conversations import SPEAKERS
 from knapper.jobs import spec
 from knapper.jobs.rows import FORMS
 from knapper.jobs.spec import TYPES, JobSpec, Kind
+from knapper.jobs.spec_part import SpecPart
 
 PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
 
@@ -46,7 +47,7 @@ def fields(struct: Any, inside: str = "") -> dict[str, str]:
 
 
 def _is_part(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, spec.SpecPart)
+    return isinstance(kind, type) and issubclass(kind, SpecPart)
 
 
 def _default(field: Any) -> str:

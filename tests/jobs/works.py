@@ -114,7 +114,8 @@ class Works:
         self._lives = itertools.count()
         self._processes: dict[str, Callable[[Event], Awaitable[None]]] = {}
         self.services = JobServices(self.store, self.folder, Notifier(self.post, self.clock), self.clock)
-        for name in (*FUNCTIONS, "gateway"):
+        processes: tuple[Process, ...] = (*FUNCTIONS, "gateway")
+        for name in processes:
             self._begin(name)
 
     def _begin(self, name: Process) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_an_architecture_that_is_refused_ends_it_too(model: Path, tmp_path: Path
     ],
 )
 def test_devices_that_a_model_cannot_be_spread_over_end_it(
-    model: Path, tmp_path: Path, devices: str, settings: dict[str, str], said: str
+    model: Path, tmp_path: Path, devices: str, settings: dict[str, Any], said: str
 ) -> None:
     assert said in refusal(model, tmp_path, KNAPPER_DEVICES=devices, **settings)
 

@@ -54,9 +54,9 @@ def test_more_than_the_memory_holds_ends_the_start_with_what_fits(tmp_path: Path
     """The model's own context only warns: what is too long is refused when it comes."""
     model = load(tiny_model(tmp_path))
     with pytest.raises(InvalidField, match="KNAPPER_CONTEXT is 400; allowed: up to 0: for so many tokens of samples"):
-        engine._account(settings(tmp_path, 400), model, planned=1 << 60)
-    assert engine._account(settings(tmp_path, 0), model, planned=1 << 60).kv_tokens == 0
-    assert engine._account(settings(tmp_path, 400), model, planned=0).kv_tokens >= 400
+        engine._account(settings(tmp_path, 400), model, planned=1 << 60, gathered=0)
+    assert engine._account(settings(tmp_path, 0), model, planned=1 << 60, gathered=0).kv_tokens == 0
+    assert engine._account(settings(tmp_path, 400), model, planned=0, gathered=0).kv_tokens >= 400
 
 
 def test_where_vllm_samples_training_has_the_memory_of_the_engines_own_samples() -> None:

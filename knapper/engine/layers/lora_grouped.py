@@ -66,7 +66,8 @@ class Segments:
                 spans.append(_Span(start, stop, parts, lora.scale, a, b))
                 matrices += [side[names[part]] for side in (lora.a, lora.b) for part in parts]
         if not spans and not (torch.is_grad_enabled() and x_NI.requires_grad):  # a node costs as much as a few rows
-            return linear(x_NI).split(linear.widths, dim=1)
+            plain: tuple[Tensor, ...] = linear(x_NI).split(linear.widths, dim=1)
+            return plain
         adapted = _Adapted if keeps_bits(x_NI.device) else AdaptedOnGpu
         outputs = adapted.apply(linear, spans, x_NI, *matrices)  # type: ignore[no-untyped-call]  # the library has no types here
         assert isinstance(outputs, tuple)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 
 import pytest
 
@@ -18,7 +19,7 @@ from knapper.state.job_records import Started, read
 from knapper.store.memory import MemoryStore
 from tests.jobs.services import serve
 from tests.jobs.sweep.sweeps import BASE, GRID, SEARCH, SMALL, calm, comparable, ended, files, swept, table
-from tests.jobs.works import House, Malice, Works, run
+from tests.jobs.works import House, Malice, Process, Works, run
 
 WILD = Malice(lose=0.3, copies_max=3, shuffle=True, kill=0.1)
 
@@ -119,8 +120,9 @@ def test_the_dispatcher_may_die_before_any_write_of_its_own(house: House, stride
         works, store = Works(house), Dies()
         works.store = store
         works.services = type(works.services)(store, works.folder, works.services.notifier, works.clock)
-        for name in ("sample", "reward", "train_step", "gateway"):
-            works._begin(name)  # type: ignore[arg-type]  # mypy widens the literals
+        processes: tuple[Process, ...] = ("sample", "reward", "train_step", "gateway")
+        for name in processes:
+            works._begin(name)
         begun = await works.submit(files(SMALL)) if at_end else None
         if begun is None:
             await serve(store)
@@ -144,7 +146,7 @@ def test_the_dispatcher_may_die_before_any_write_of_its_own(house: House, stride
 
     for at_end in (False, True):
         for n in itertools.count(1, stride):
-            rows, died = run(lambda n=n, at_end=at_end: story(n, at_end=at_end))
+            rows, died = run(partial(story, n, at_end=at_end))
             assert rows == list(comparable(calm(house, SMALL))), f"it died before write {n}"
             if not died:
                 break
