@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from knapper.errors import InvalidField, Unavailable, UserError
 from knapper.jobs import names
+from knapper.store import files
 from knapper.text.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def fetch(client: "JobsClient", url: str, file: dict[str, Any], target: Path) ->
     target.parent.mkdir(parents=True, exist_ok=True)
     version = hashlib.sha256(f"{file['sha256']} {file['etag']}".encode()).hexdigest()[:16]
     part, tries = target.with_name(f".{target.name}.{version}.part"), 0
+    if part.is_symlink():  # somebody else's, in a folder of several accounts
+        part.unlink()
     while not part.exists() or part.stat().st_size < file["size"]:
         before = part.stat().st_size if part.exists() else 0
         try:
@@ -141,7 +144,7 @@ def fetch(client: "JobsClient", url: str, file: dict[str, Any], target: Path) ->
 
 
 def _append(client: "JobsClient", path: str, file: dict[str, Any], part: Path) -> None:
-    with part.open("ab") as out:
+    with files.append(part) as out:
         have = out.tell()
         headers = {"Accept-Encoding": "identity"}
         if have:

@@ -103,6 +103,7 @@ def _quantizer(checkout: Path | None) -> str:
 
 def _convert(merged: Path, path: Path, outtype: str, tools: Tools, say: Say, *, untied: bool) -> None:
     part = path.with_name(f".{path.name.removeprefix('.')}.part")
+    part.unlink(missing_ok=True)  # the program would write through a link
     say(f"converting to {outtype}")
     from gguf import GGUFReader  # what needs it is rare: the extra `train` has it
 
@@ -120,6 +121,7 @@ def _convert(merged: Path, path: Path, outtype: str, tools: Tools, say: Say, *, 
 def _quantize(source: Path, path: Path, name: str, tools: Tools, say: Say) -> None:
     assert tools.quantizer is not None
     part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
     say(f"quantizing to {name}")
     _run([tools.quantizer, str(source), str(part), name.upper()], say, tools.quantizer)
     part.replace(path)

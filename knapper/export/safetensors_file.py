@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knapper.store import files
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -40,7 +42,7 @@ def write(path: Path, entries: Iterable[TensorEntry], pieces: Iterator[Tensor], 
         promised += entry.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with part.open("wb") as file:
+    with files.create(part) as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for piece in pieces:
             file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -17,7 +17,9 @@ from typing import BinaryIO
 
 _NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_OR_NEW = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _OURS = 0o600
+_OF_UMASK = 0o666
 
 
 class UnexpectedSymlink(OSError):
@@ -43,7 +45,18 @@ def create_locked(path: Path) -> Iterator[BinaryIO]:
 
 def open_or_create(path: Path) -> BinaryIO:
     """The file, to read and write. Raises OSError for a link."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _OURS), "r+b")
+    return os.fdopen(os.open(path, os.O_RDWR | _OR_NEW, _OURS), "r+b")
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file to write, with the rights of the account's umask, in place of a file or link of that name."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | _NEW, _OF_UMASK), "wb")
+
+
+def append(path: Path) -> BinaryIO:
+    """The file, to write at its end, with the rights of the account's umask. Raises OSError for a link."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | _OR_NEW, _OF_UMASK), "ab")
 
 
 def forget_torn(path: Path) -> None:

@@ -117,10 +117,13 @@ def test_shards_in_small_blocks_are_the_same_and_an_interrupted_merge_goes_on(
     second, third = sorted(whole)[1:]
     (out / second).rename(out / f".{second}.part")
     (out / third).unlink()
+    (tmp_path / "victim").write_text("precious")
+    (out / f".{third}.part").symlink_to(tmp_path / "victim")  # in a folder that others may write to
     kept = (out / sorted(whole)[0]).stat().st_mtime_ns
     assert [line.endswith("was there") for line in merged(base, tmp_path / "adapter", out)] == [True, False, False]
     assert {path.name: path.read_bytes() for path in out.glob("*.safetensors") if path.name[0] != "."} == whole
     assert (out / sorted(whole)[0]).stat().st_mtime_ns == kept
+    assert (tmp_path / "victim").read_text() == "precious"
     assert merged(base, tmp_path / "adapter", out) == [f"{out} is complete already"]
 
 

@@ -50,6 +50,22 @@ def test_a_link_that_lies_in_wait_under_a_temporary_name_is_not_followed(
         files.open_or_create(tmp_path / ".guessed")
 
 
+def test_a_link_under_a_name_that_can_be_guessed_is_not_written_through(tmp_path: Path) -> None:
+    """Downloads and exports go into folders of the user's choice, under names that tell how to go on with them."""
+    victim, link = tmp_path / "victim", tmp_path / ".model.safetensors.part"
+    victim.write_text("precious")
+    link.symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic"):
+        files.append(link)
+    with files.create(link) as file:
+        file.write(b"ours")
+    with files.append(link) as file:
+        file.write(b", more")
+    assert (link.read_text(), victim.read_text(), link.is_symlink()) == ("ours, more", "precious", False)
+    os.umask(mask := os.umask(0o077))
+    assert link.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def test_names_of_files_under_way_never_come_again() -> None:
     assert len({files.random_name("x") for _ in range(1000)}) == 1000
 
