@@ -109,6 +109,13 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
         ),
         "Service sample requests", "resources.requests",
     ),
+    "a pod of four GPUs where nodes have one": (
+        lambda cluster: (
+            cluster.put(node("b", {"cpu": "32", "memory": "64Gi", "nvidia.com/gpu": "1"})),
+            template(cluster)["spec"]["containers"][0]["resources"]["limits"].update({"nvidia.com/gpu": "4"}),
+        ),
+        "GPU nvidia-l4", "accelerators_per_node = 4",
+    ),
     "an old Knative": (lambda cluster: release(cluster, "1.17.0"), "Knative Serving", "docs/cluster-trial.md"),
     "a Knative past its end": (
         lambda cluster: release(cluster, "1.22.1"), "Knative Serving",
