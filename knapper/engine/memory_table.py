@@ -108,7 +108,7 @@ def spread_lines() -> Iterator[str]:
     yield f"| base model | cards | {' | '.join(SPREAD_CARDS)} |"
     yield "|---|---|" + "---|" * len(SPREAD_CARDS)
     for name in _SPREAD_MODELS:
-        config = (MODELS | SPREAD)[name]
+        config = {**MODELS, **SPREAD}[name]
         for devices in (1, 2, 4, 8):
             model = plan.planned(config, devices)
             cells = [_cell(model, CARDS[card], 1.0) for card in SPREAD_CARDS]
