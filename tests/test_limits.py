@@ -134,7 +134,7 @@ ELSEWHERE = {
         "knapper/engine/memory.py": "ROWS_CPU _HEAD_BYTES CUDA_BYTES",
         "knapper/engine/sampling/prefill_queue.py": "_ROWS_MAX _GROUPS_MAX",
         "knapper/engine/sampling/prefix_cache.py": "COMMON_MIN _COST_MIN",
-        "knapper/engine/training/trainer.py": "ROWS_SHARED_CPU ROWS_SHARED_BY_FEW_CPU",
+        "knapper/engine/training/trainer.py": "ROWS_SHARED_CPU ROWS_SHARED_BY_FEW_CPU ROWS_SPREAD_GPU",
         "knapper/events/pubsub.py": "_MESSAGES_MAX",
         "knapper/exchange/directory.py": "_CHUNK_BYTES",
         "knapper/exchange/gcs.py": "_CHUNK_BYTES",

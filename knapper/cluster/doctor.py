@@ -241,23 +241,23 @@ def eventing(target: DoctorTarget) -> Iterator[Finding]:
 
 
 def accelerators(target: DoctorTarget) -> Iterator[Finding]:
-    """GPUs that Services request exist on nodes; node pools at zero are not visible here."""
-    asked = {
-        kind
-        for service in _ours(target)
-        for key, kind in service["spec"]["template"]["spec"].get("nodeSelector", {}).items()
-        if key == "cloud.google.com/gke-accelerator"
-    }
-    for kind in sorted(asked):
+    """GPUs that Services request exist, as many on a node as a pod has; node pools at zero are not visible here."""
+    asked: dict[str, int] = {}
+    for service in _ours(target):
+        spec = service["spec"]["template"]["spec"]
+        if kind := spec.get("nodeSelector", {}).get("cloud.google.com/gke-accelerator"):
+            limits = spec["containers"][0].get("resources", {}).get("limits", {})
+            asked[kind] = max(asked.get(kind, 0), int(limits.get("nvidia.com/gpu", 1)))
+    for kind, of_pod in sorted(asked.items()):
         nodes = target.api.list("v1", "Node", labels=f"cloud.google.com/gke-accelerator={kind}")
-        free = sum(int(node["status"].get("allocatable", {}).get("nvidia.com/gpu", 0)) for node in nodes)
-        seen = f"{free} on {len(nodes)} nodes" if nodes else "no node now, which is normal while idle"
-        yield Finding(
-            f"GPU {kind}",
-            "good" if free else "unknown",
-            seen,
-            "" if free else f"see that a pool has it: gcloud container node-pools list --cluster NAME | grep {kind}",
-        )
+        free = [int(node["status"].get("allocatable", {}).get("nvidia.com/gpu", 0)) for node in nodes]
+        seen = f"{sum(free)} on {len(nodes)} nodes" if nodes else "no node now, which is normal while idle"
+        if any(free) and max(free) < of_pod:
+            remedy = f"a pod asks for {of_pod}: give it a pool with accelerators_per_node = {of_pod}"
+            yield Finding(f"GPU {kind}", "wrong", f"{seen}, at most {max(free)} on one", remedy)
+            continue
+        remedy = f"see that a pool has it: gcloud container node-pools list --cluster NAME | grep {kind}"
+        yield Finding(f"GPU {kind}", *(("good", seen) if any(free) else ("unknown", seen, remedy)))
 
 
 def _ours(target: DoctorTarget) -> list[Object]:

@@ -225,7 +225,7 @@ def _log_loaded(settings: Settings, model: Model, terms: Terms, exact: str, took
     )
 
 
-def _account(settings: Settings, model: Model, planned: int, gathered: int) -> Account:
+def _account(settings: Settings, model: Model, planned: int, gathered: int = 0) -> Account:
     """The process's account of memory, printed. Raises UserError if nothing fits beside the weights.
 
     `planned`: bytes that engines of other models will take. Those that may still come leave this one its part.

@@ -87,6 +87,12 @@ def nodes(count: int) -> list[Any]:
     return [node(f"node-{number}", {"cpu": "32", "memory": "64Gi"}) for number in range(count)]
 
 
+def of_four_gpus(cluster: Cluster, *nodes: Any) -> None:
+    """The pods of train-step, beside these nodes."""
+    cluster.put(*nodes)
+    template(cluster)["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = "4"
+
+
 # What is broken, what is said of, and a word of the command that mends it.
 BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
     "a flag": (
@@ -108,6 +114,10 @@ BROKEN: dict[str, tuple[Callable[[Cluster], object], str, str]] = {
             node("b", {"cpu": "32", "memory": "1Gi", "nvidia.com/gpu": "1"}),
         ),
         "Service sample requests", "resources.requests",
+    ),
+    "a pod of four GPUs where nodes have one": (
+        lambda cluster: of_four_gpus(cluster, node("b", {"cpu": "32", "memory": "64Gi", "nvidia.com/gpu": "1"})),
+        "GPU nvidia-l4", "accelerators_per_node = 4",
     ),
     "an old Knative": (lambda cluster: release(cluster, "1.17.0"), "Knative Serving", "docs/cluster-trial.md"),
     "a Knative past its end": (

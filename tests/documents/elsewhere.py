@@ -116,6 +116,7 @@ NOT_RUN: Final = {
         "README.md",
         "Reinforcement learning: 8 questions x 8 answers a step, reward 1 for the right sum",
     ): "what `make demo` printed on the machine that is named above it",
+    ("docs/ranks.md", "gpu_pools = {"): "a part of a tfvars file, for a cluster",
     ("docs/ranks.md", "knapper up --model Qwen/Qwen3-32B --devices 4"): "needs several GPUs, and a large model",
     ("CONTRIBUTING.md", "make setup"): "installs packages, and runs all tests",
     (_TRIAL, "kind create cluster --name knapper"): "needs a cluster",

@@ -11,6 +11,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from knapper.engine import hardware
 from knapper.engine.layers.lora import layout
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.out_of_memory import MemoryShortage
@@ -105,6 +106,8 @@ class RankWorker:
             shortage = MemoryShortage.of(error)
             if shortage is None:
                 log.exception("defect")
+            else:
+                hardware.release(self._model.device)  # the pass may come again
             self._result = LaneResult(lacked_memory=shortage is not None, defect="" if shortage else repr(error))
             return
         self._result = LaneResult([RequestResult.of(request) for request in opened])

@@ -10,6 +10,7 @@ from typing import Final
 import structlog
 import torch
 
+from knapper.engine import host_memory
 from knapper.engine.hardware import device_of_rank
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models.preflight import expect_devices
@@ -35,6 +36,8 @@ def main(parent: int, meeting: Path, rank: int, size: int, dtype: torch.dtype, t
         expect_devices(settings)
         device = device_of_rank(settings.device, rank, settings.gpu_memory_share)
         torch.set_num_threads(threads)
+        if device.type == "cpu":
+            host_memory.keep_freed()
         signs.write(meeting, rank, signs.READY)
         group = Group.join(meeting / "group", rank, size, device)
         exactness = Exactness(promised=settings.batch_invariant != "false")

@@ -178,7 +178,7 @@ class TrainingScheduler:
 
     def _choose_lane(self, before: Sequence[_Lane]) -> _Lane:
         """The requests of one more lane: the least served, and others that fit beside it. Empty if none is left."""
-        rows_max, rows_shared = self._trainer.rows_max, self._trainer.rows_shared(len(self._requests))
+        rows_max, rows_shared = self._trainer.rows_max, self._rows_of_lane()
         taken = Counter(id(share.request) for lane in before for share in lane)
         rows_taken: Counter[str] = Counter()
         for share in itertools.chain(*before):
@@ -210,6 +210,15 @@ class TrainingScheduler:
             else:
                 bound = min(bound, served(request) + rows_max)
         return chosen
+
+    def _rows_of_lane(self) -> int:
+        """Up to which a lane takes more requests: of several lanes none should be empty while another is full."""
+        shared, lanes = self._trainer.rows_shared(len(self._requests)), self._trainer.lanes
+        if lanes == 1:
+            return shared
+        opened = [request for request in self._requests if request.opened is not None]
+        rows = sum(batch.rows for request in opened for batch in itertools.islice(request.batches, lanes))
+        return min(shared, -(-rows // lanes))
 
     def _compute(self, lanes: Sequence[_Lane]) -> Work[None]:
         capacity = len(lanes) * self._trainer.rows_shared(len(self._requests))

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # every request waits for the whole pass: so a few runs go one after another, or they would end every step together and
 # then all wait for rewards; more runs gain, since those behind them do.
 ROWS_SHARED_CPU, ROWS_SHARED_BY_FEW_CPU, FEW = 384, 128, 3
+# Of several GPUs each should have some of a request: larger ones compute longer for each gather of the weights, but
+# then a request of 16k tokens would keep two of eight busy.
+ROWS_SPREAD_GPU = 2048
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ class Trainer:
         (lane,) = lanes
         return batch.compute(self.decoder, [request for _, request in lane])
 
+    @property
+    def batch_rows(self) -> int:
+        """Rows that a micro-batch is cut at, whatever the number of ranks: a gradient's bits depend on it."""
+        spread_on_gpus = self._ranks is not None and self.decoder.device.type != "cpu"
+        return min(self.rows_max, ROWS_SPREAD_GPU) if spread_on_gpus else self.rows_max
+
     def rows_shared(self, waiting: int) -> int:
         """Rows up to which a pass takes more requests while `waiting` wait."""
         if self.decoder.device.type != "cpu":
@@ -116,7 +125,7 @@ class Trainer:
             self.decoder.placed(datum.images, f"datum {index}: model_input") for index, datum in enumerate(request.data)
         ]
         sums_P = None if request.forward_only else torch.zeros_like(state.weights_P)
-        batches = deque(micro_batches(request.data, self.rows_max, images))
+        batches = deque(micro_batches(request.data, self.batch_rows, images))
         lora = leaves(self.decoder, state.layout, state.weights_P, state.scale, sums_P)
         return PendingRequest(lora, loss, config, sums_P, batches, request.data)
 

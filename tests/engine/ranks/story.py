@@ -6,8 +6,9 @@ not spread.
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
-from knapper.engine.executor import Executor
+from knapper.engine.executor import Executor, Work
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.layers.layerwise import HEAD_PART
 from knapper.engine.models.loader import load
@@ -77,6 +78,9 @@ def told(trainer: Trainer, leader: Leader | None) -> dict[str, Any]:
     found["steps weights"] = state.weights_P.numpy()
     found |= named("forward only", submit(state, request(texts(7, (50, 60, 40)), LOSS, forward_only=True)).result(120))
 
+    if leader is not None:
+        found["adapters sent for two small requests"] = adapters_sent(device, submit, state, leader)
+
     wrong = texts(9, (60, 50, 40))
     wrong[1].inputs["advantages"][:] = 3e38
     try:
@@ -89,6 +93,23 @@ def told(trainer: Trainer, leader: Leader | None) -> dict[str, Any]:
     if leader is not None:
         found |= counted(trainer, leader, state)
     return found
+
+
+def adapters_sent(device: Executor, submit: Callable[..., Any], state: RunState, leader: Leader) -> float:
+    """For two requests that come while the device is busy, and have room in one lane together."""
+    go_on = threading.Event()
+
+    def busy() -> Work[None]:
+        yield
+        go_on.wait(60)
+
+    held = device.submit(busy())
+    before = leader.group.traffic.sent_bytes
+    futures = [submit(state, request(texts(20 + n, (12,)), LOSS)) for n in range(2)]
+    go_on.set()
+    for future in [held, *futures]:
+        future.result(120)
+    return (leader.group.traffic.sent_bytes - before) // state.weights_P.nbytes
 
 
 def named(name: str, result: tuple[RunState, Any, float]) -> dict[str, Any]:

@@ -76,6 +76,11 @@ def test_a_run_has_the_bits_alone_that_it_has_in_a_crowd(told: Told, devices: in
     assert found[f"crowd {rank} metrics"] == found[f"alone {rank} metrics"]
 
 
+@pytest.mark.parametrize("devices", [2, 4])
+def test_no_rank_is_idle_while_another_has_two_requests(told: Told, devices: int) -> None:
+    assert told(devices)["adapters sent for two small requests"] == 1
+
+
 def test_an_error_on_another_rank_names_the_datum_of_the_request(told: Told) -> None:
     assert re.match(r"datum 1: the loss importance_sampling is .*; nothing was changed", told(2)["error"])
     assert np.abs(told(2)["after the error grads"]).max() > 0
