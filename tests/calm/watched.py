@@ -6,6 +6,7 @@ How long others wait is what the first takes longer than the second at the same 
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 _HERE = Path(__file__).parent
 _LATE_S = 0.1  # asks so near one another saw the same machine
+_KEPT = 20_000  # more than come in the longest that one sending may take
 
 
 class Asked(NamedTuple):
@@ -27,22 +29,25 @@ class Watch:
     """One process that asks."""
 
     def __init__(self, url: str, log: Path) -> None:
-        self._log = log
         with log.open("wb") as out:
             self._process = subprocess.Popen([sys.executable, _HERE / "watch.py", f"{url}/api/v1/healthz"], stdout=out)
+        self._log = log.open(encoding="ascii")
+        self._rest = ""  # of a line that is not whole yet
+        self._asked: deque[Asked] = deque(maxlen=_KEPT)
 
     def close(self) -> None:
         self._process.terminate()
         self._process.wait()
+        self._log.close()
 
     def between(self, begin: float, end: float) -> list[Asked]:
         """What was asked then; it returns when it is known of all."""
         limit = time.monotonic() + 300
         while True:
-            lines = self._log.read_text(encoding="ascii").splitlines()[:-1]
-            requests = [Asked(*map(float, line.split())) for line in lines]
-            if requests and requests[-1].began > end:
-                return [each for each in requests if each.began < end and each.began + each.took > begin]
+            *lines, self._rest = (self._rest + self._log.read()).split("\n")
+            self._asked.extend(Asked(*map(float, line.split())) for line in lines)
+            if self._asked and self._asked[-1].began > end:
+                return [each for each in self._asked if each.began < end and each.began + each.took > begin]
             assert self._process.poll() is None, "the server's health does not answer"
             assert time.monotonic() < limit, "the server's health does not answer"
             time.sleep(0.02)
