@@ -22,7 +22,7 @@ from knapper.jobs import bells, control, deletion, listings, names, notification
 from knapper.jobs.inbox import again, look, was_started
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import decode
-from knapper.jobs.sweep import halting
+from knapper.jobs.sweep import halt
 from knapper.state import layout
 from knapper.state.job_records import Started, read
 from knapper.wire import fields, json
@@ -151,7 +151,7 @@ async def cancel(request: Request) -> Response:
     listing = await listings.newest(job_services.store, tenant, request.path_params["job"])
     started = await _started(job_services, listing)
     await control.ask(job_services.store, listing.start, "cancelled", "cancelled by its owner", job_services.clock())
-    await halting.halt(job_services, listing.start)
+    await halt.all_trials(job_services, listing.start)
     await job_services.store.delete(listing.start.working)
     log.info("job cancelled", job=str(listing.start))
     await outputs.publish_status(job_services, started)

@@ -207,7 +207,10 @@ ELSEWHERE = {
     },
 }
 # Schemas whose bounds are documented and compared field by field: docs/jobs.md, docs/rewards.md, docs/settings.md.
-OWN_SCHEMAS = {"knapper/jobs/spec.py", "knapper/rewards/spec.py", "knapper/settings.py"}
+OWN_SCHEMAS = {
+    "knapper/jobs/spec.py", "knapper/jobs/spec_part.py", "knapper/jobs/sweep/spec.py", "knapper/rewards/spec.py",
+    "knapper/settings.py",
+}  # fmt: skip
 OF_THE_TYPE = {1, 2, 2**31 - 1, 2**63 - 1, 1e30}  # a fraction, a matrix, int32, int64, float32
 
 

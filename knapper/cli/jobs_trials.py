@@ -34,7 +34,7 @@ def ended(job: Mapping[str, Any], known: set[int]) -> Iterator[str]:
     """A line for each trial that has ended and is not among the known ones, which it then is."""
     shown = job.get("trials") or {"trials": []}
     for trial in shown["trials"]:
-        if trial["state"] == "running" or trial["trial"] in known:
+        if trial["device_seconds"] is None or trial["trial"] in known:
             continue
         known.add(trial["trial"])
         values = "  ".join(f"{field} {text_of(value)}" for field, value in trial["values"].items())

@@ -84,7 +84,9 @@ def _chosen(only: list[str] | None) -> "list[Check]":
 def _first_model(court: "Court") -> str:
     from knapper.errors import InvalidField
 
-    models = [each.model_name for each in court.service.get_server_capabilities().supported_models if each.model_name]
+    models = [
+        each.model_name for each in court.rest.get_server_capabilities().result().supported_models if each.model_name
+    ]
     if not models:
         raise InvalidField("--model", None, "a model's name, as the server names none")
     return str(models[0])

@@ -13,7 +13,7 @@ import structlog
 from knapper import limits
 from knapper.errors import InvalidField, TooLarge, UserError
 from knapper.ids import Tenant, number
-from knapper.jobs import checks, control, names, spec, starting, upload
+from knapper.jobs import checks, control, names, spec, starts, upload
 from knapper.jobs.names import Start
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import Parsed, RlJob
@@ -113,7 +113,7 @@ async def _look(services: JobServices, tenant: Tenant, job: str) -> _Seen:
         await _refuse(services, start, parsed.wrong(error) if parsed is not None else _as_job_error(error))
         return _Seen()
     files = {name: blob.data for name, blob in whole.files.items()}
-    return _Seen(begun=start if await starting.begin(services, start, started, files) else None)
+    return _Seen(begun=start if await starts.begin(services, start, started, files) else None)
 
 
 async def _was_replaced(services: JobServices, start: Start, whole: Upload) -> bool:
@@ -134,14 +134,14 @@ async def _make_current(services: JobServices, start: Start) -> None:
     """The folder holds this start again, after a refused one: list it, and remove the error."""
     listed = await services.store.list(ObjectKind.TENANT_START.under(start.tenant, start.job))
     if listed and not listed[-1].endswith(f"/{start.id}"):
-        await starting.list_now(services, start)
+        await starts.list_now(services, start)
         await services.exchange.remove(f"{layout.inbox(start.tenant, start.job)}{names.JOB_ERROR}")
 
 
 async def _wait(services: JobServices, start: Start, parsed: Parsed, missing: list[str]) -> bool:
     """Wait for files, which may come in any order. False after too long: refuse, and wait for another upload."""
     now = services.clock()
-    await starting.list_once(services, start)
+    await starts.list_once(services, start)
     waiting = await read(services.store, start.waiting, Waiting)
     if waiting is None:  # later looks write nothing
         waiting = Waiting(since=now)
@@ -171,7 +171,7 @@ def _fields(parsed: Parsed) -> list[tuple[str, str]]:
 
 async def _refuse(services: JobServices, start: Start, error: JobError) -> None:
     """Report the error beside job.yaml, in the list of jobs and in the log."""
-    await starting.list_once(services, start)
+    await starts.list_once(services, start)
     report = error.report()
     listed = await services.store.list(start.refusals)
     newest = await read(services.store, listed[-1], Refusal) if listed else None

@@ -14,7 +14,7 @@ from knapper.jobs.names import Start
 from knapper.jobs.progress import Outline, ProgressReader
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import AnyJob, DpoJob, decode
-from knapper.jobs.sweep import dispatch, halting, trials
+from knapper.jobs.sweep import dispatch, halt, trials
 from knapper.state import damage
 from knapper.state.job_records import Started, Waiting, read
 from knapper.state.layout import ObjectKind
@@ -134,10 +134,10 @@ async def _may_run(services: JobServices, start: Start, started: Started, job: A
     """Whether the job runs, and its sweep, if it is a trial; ends what must not go on without it."""
     sweep = trials.of_trial(start, started)
     if sweep is not None and not await control.runs(services.store, sweep):
-        await halting.halt_trial(services, start)
+        await halt.trial(services, start)
     runs = await control.runs(services.store, start)
     if not runs and job.sweep is not None:
-        await halting.halt(services, start)
+        await halt.all_trials(services, start)
     return runs
 
 

@@ -1,7 +1,7 @@
 """A server on trial: its clients, the checks, and what each of them found.
 
-A check calls the SDK as a user would and returns what it saw. It raises Wrong for what the protocol does not allow; what
-the server refuses or never answers is found out here.
+A check calls the SDK as a user would and returns what it saw. It raises Wrong for what the protocol does not allow;
+what the server refuses or never answers is found out here.
 """
 
 import queue
@@ -22,6 +22,7 @@ Outcome = Literal["passed", "failed", "missing", "not tried", "measured"]
 Floats = NDArray[np.float64]
 
 _MISSING: Final = (404, 405, 501)  # HTTP: the server has no such call
+_KEPT_S: Final = 3600  # what the referee saves expires after this
 _TOKENS: Final = (5, 256)  # of random texts: every model's vocabulary has these
 
 
@@ -65,19 +66,31 @@ class Court:
     tolerance: float = 0.02
     patience_s: float = 120.0  # for one check
     kill: Callable[[], None] | None = None
-    _draws: int = 0
 
     @cached_property
     def service(self) -> tinker.ServiceClient:
         return tinker.ServiceClient(base_url=self.url, api_key=self.key)
 
     @cached_property
+    def state(self) -> str:
+        """The saved weights of `trained`."""
+        return self.saved("referee-weights")
+
+    def saved(self, name: str) -> str:
+        """The path of what `trained` is now; it expires by itself."""
+        return str(self.trained.save_state(name, ttl_seconds=_KEPT_S).result().path)
+
+    def resumed(self) -> tinker.TrainingClient:
+        """A run with the weights of `trained`, whose gradients and optimizer are its own."""
+        return self.service.create_training_client_from_state(self.state).result()
+
+    @cached_property
     def rest(self) -> tinker.RestClient:
-        return self.service.create_rest_client()
+        return tinker.RestClient(base_url=self.url, api_key=self.key)
 
     def run(self, seed: int = 1) -> tinker.TrainingClient:
         """A new run; two of the same seed begin alike."""
-        return self.service.create_lora_training_client(self.model, rank=8, seed=seed)
+        return self.service.create_lora_training_client(self.model, rank=8, seed=seed).result()
 
     @cached_property
     def trained(self) -> tinker.TrainingClient:
@@ -90,11 +103,11 @@ class Court:
     @cached_property
     def sampler(self) -> tinker.SamplingClient:
         """Of the weights that `trained` has."""
-        return self.trained.save_weights_and_get_sampling_client()
+        return self.trained.save_weights_and_get_sampling_client().result()
 
     @cached_property
     def base(self) -> tinker.SamplingClient:
-        return self.service.create_sampling_client(base_model=self.model)
+        return self.service.create_sampling_client(base_model=self.model).result()
 
 
 Call = Callable[[Court], Seen]

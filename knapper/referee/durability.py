@@ -33,8 +33,8 @@ def kills(court: Court) -> Seen:
 def saved(court: Court) -> Seen:
     if court.kill is None:
         raise NotTried("no command was given that kills the server: --kill")
-    path = court.trained.save_state("referee-kept").result().path
+    path = court.saved("referee-kept")
     before = forward(court.trained, texts(2))
     court.kill()
-    again = court.service.create_training_client_from_state(path)
+    again = court.service.create_training_client_from_state(path).result()
     return expect_equal(court, before, forward(again, texts(2)), "the state of before")

@@ -11,28 +11,27 @@ _PROMPT = types.ModelInput.from_ints(text(8))
 _FEW = types.SamplingParams(max_tokens=4, seed=1)
 
 
-def _custom(data: list[types.Datum], logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
+def _custom(_: list[types.Datum], logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
     return -sum(each.sum() for each in logprobs), {}
 
 
-def _saved(court: Court, name: str) -> str:
-    return court.trained.save_state(name).result().path
+def _for_sampler(court: Court, name: str) -> str:
+    return str(court.trained.save_weights_for_sampler(name, ttl_seconds=3600).result().path)
 
 
 _CALLS: dict[str, Callable[[Court], Any]] = {
-    "ServiceClient.get_server_capabilities": lambda court: court.service.get_server_capabilities(),
+    "RestClient.get_server_capabilities": lambda court: court.rest.get_server_capabilities().result(),
     "ServiceClient.create_lora_training_client": lambda court: court.trained,
     "ServiceClient.create_sampling_client of a base model": lambda court: court.base,
     "ServiceClient.create_sampling_client of a checkpoint": lambda court: court.service.create_sampling_client(
-        model_path=court.trained.save_weights_for_sampler("referee-path").result().path
-    ),
+        model_path=_for_sampler(court, "referee-path")
+    ).result(),
     "ServiceClient.create_training_client_from_state": lambda court: court.service.create_training_client_from_state(
-        _saved(court, "referee-from")
-    ),
+        court.saved("referee-from")
+    ).result(),
     "ServiceClient.create_training_client_from_state_with_optimizer": lambda court: (
-        court.service.create_training_client_from_state_with_optimizer(_saved(court, "referee-from-with"))
+        court.service.create_training_client_from_state_with_optimizer(court.saved("referee-from-with")).result()
     ),
-    "ServiceClient.copy_weights": lambda court: court.service.copy_weights(_saved(court, "referee-copied")).result(),
     "TrainingClient.get_info": lambda court: court.trained.get_info(),
     "TrainingClient.forward": lambda court: court.trained.forward(texts(1), "cross_entropy").result(),
     "TrainingClient.forward_backward": lambda court: court.run().forward_backward(texts(1), "cross_entropy").result(),
@@ -40,16 +39,16 @@ _CALLS: dict[str, Callable[[Court], Any]] = {
         court.run().forward_backward_custom([datum(text(9))], _custom).result()
     ),
     "TrainingClient.optim_step": lambda court: court.run().optim_step(types.AdamParams(learning_rate=0.0)).result(),
-    "TrainingClient.save_state": lambda court: _saved(court, "referee-state"),
-    "TrainingClient.load_state": lambda court: court.run().load_state(_saved(court, "referee-load")).result(),
+    "TrainingClient.save_state": lambda court: court.saved("referee-state"),
+    "TrainingClient.load_state": lambda court: court.run().load_state(court.saved("referee-load")).result(),
     "TrainingClient.load_state_with_optimizer": lambda court: (
-        court.run().load_state_with_optimizer(_saved(court, "referee-load-with")).result()
+        court.run().load_state_with_optimizer(court.saved("referee-load-with")).result()
     ),
-    "TrainingClient.save_weights_for_sampler": lambda court: court.trained.save_weights_for_sampler(
-        "referee-sampler"
-    ).result(),
+    "TrainingClient.save_weights_for_sampler": lambda court: _for_sampler(court, "referee-sampler"),
     "TrainingClient.save_weights_and_get_sampling_client": lambda court: court.sampler,
-    "TrainingClient.save_weights_external": lambda court: court.trained.save_weights_external("referee-out").result(),
+    "TrainingClient.save_weights_external": lambda court: court.trained.save_weights_external(
+        "referee-out", ttl_seconds=3600
+    ).result(),
     "SamplingClient.sample": lambda court: court.sampler.sample(_PROMPT, 1, _FEW).result(),
     "SamplingClient.compute_logprobs": lambda court: court.sampler.compute_logprobs(_PROMPT).result(),
     "RestClient.list_training_runs": lambda court: court.rest.list_training_runs(limit=5).result(),
@@ -57,19 +56,19 @@ _CALLS: dict[str, Callable[[Court], Any]] = {
     "RestClient.list_checkpoints": lambda court: court.rest.list_checkpoints(court.trained.model_id).result(),
     "RestClient.list_user_checkpoints": lambda court: court.rest.list_user_checkpoints(limit=5).result(),
     "RestClient.get_weights_info_by_tinker_path": lambda court: court.rest.get_weights_info_by_tinker_path(
-        _saved(court, "referee-told")
+        court.saved("referee-told")
     ).result(),
     "RestClient.publish_checkpoint_from_tinker_path": lambda court: court.rest.publish_checkpoint_from_tinker_path(
-        _saved(court, "referee-public")
+        court.saved("referee-public")
     ).result(),
     "RestClient.unpublish_checkpoint_from_tinker_path": lambda court: court.rest.unpublish_checkpoint_from_tinker_path(
-        _saved(court, "referee-private")
+        court.saved("referee-private")
     ).result(),
     "RestClient.set_checkpoint_ttl_from_tinker_path": lambda court: court.rest.set_checkpoint_ttl_from_tinker_path(
-        _saved(court, "referee-mortal"), 3600
+        court.saved("referee-mortal"), 3600
     ).result(),
     "RestClient.delete_checkpoint_from_tinker_path": lambda court: court.rest.delete_checkpoint_from_tinker_path(
-        _saved(court, "referee-gone")
+        court.saved("referee-gone")
     ).result(),
     "RestClient.list_sessions": lambda court: court.rest.list_sessions(limit=5).result(),
 }

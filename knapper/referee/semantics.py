@@ -1,4 +1,4 @@
-"""What the calls bring about: losses by their formulas, gradients by a loss that the client computes, steps, samples."""
+"""What the calls bring about: losses by their formulas, gradients by a loss that the client computes, and samples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +35,7 @@ _RATIOS = (-0.7, -0.1, 0.1, 0.7)  # logarithms: on both sides of the clips, and 
 
 
 def _data(court: Court, of: Loss) -> list[types.Datum]:
-    """Two texts with what the loss needs; the sampler's log-probabilities are off the learner's, as if it were older."""
+    """Two texts with what the loss needs, whose sampler was somewhat off the learner."""
     found = []
     for n in range(2):
         tokens, dice = text(20 + n, seed=5 + n), np.random.default_rng(n)
@@ -60,7 +60,7 @@ def _terms(of: Loss, data: Sequence[types.Datum], found: Floats) -> torch.Tensor
 def _value(of: Loss) -> Callable[[Court], Seen]:
     def value(court: Court) -> Seen:
         data = _data(court, of)
-        output = _again(court).forward_backward(data, of.name, dict(of.config)).result()  # type: ignore[arg-type]  # its names are literals
+        output = court.resumed().forward_backward(data, of.name, dict(of.config)).result()  # type: ignore[arg-type]  # its names are literals
         terms = _terms(of, data, logprobs(output))
         found, expected = loss(output), float(terms.sum())
         off = abs(found - expected) / max(float(terms.abs().sum()), 1e-9)
@@ -71,18 +71,13 @@ def _value(of: Loss) -> Callable[[Court], Seen]:
     return value
 
 
-def _again(court: Court) -> tinker.TrainingClient:
-    """A run with the weights of `trained`, whose gradients and optimizer are its own."""
-    return court.service.create_training_client_from_state(court.trained.save_state("referee-weights").result().path)
-
-
 def _gradient(of: Loss) -> Callable[[Court], Seen]:
     def by_formula(data: list[types.Datum], found: list[Any]) -> tuple[Any, dict[str, float]]:
         return sum(of.terms(p.double(), inputs_of(each)).sum() for p, each in zip(found, data, strict=True)), {}
 
     def gradient(court: Court) -> Seen:
         data, probe = _data(court, of), texts(2, seed=40)
-        ours, theirs = _again(court), _again(court)
+        ours, theirs = court.resumed(), court.resumed()
         before = forward(theirs, probe)
         theirs.forward_backward(data, of.name, dict(of.config)).result()  # type: ignore[arg-type]  # its names are literals
         ours.forward_backward_custom(data, by_formula).result()
@@ -100,7 +95,7 @@ for _loss in LOSSES:
 
 @check("semantics", "forward says what forward_backward says")
 def forward_is_forward_backward(court: Court) -> Seen:
-    data, training = texts(3), _again(court)
+    data, training = texts(3), court.resumed()
     one = training.forward(data, "cross_entropy").result()
     other = training.forward_backward(data, "cross_entropy").result()
     if abs(loss(one) - loss(other)) > court.tolerance * max(1.0, abs(loss(one))):
@@ -119,7 +114,7 @@ def no_gradient(court: Court) -> Seen:
 @check("semantics", "gradients add up until a step")
 def gradients_add_up(court: Court) -> Seen:
     data = texts(4)
-    together, apart_ = _again(court), _again(court)
+    together, apart_ = court.resumed(), court.resumed()
     before = forward(together, data)
     together.forward_backward(data, "cross_entropy").result()
     for part in (data[:2], data[2:]):
@@ -157,7 +152,7 @@ def steps(court: Court) -> Seen:
 def adam(court: Court) -> Seen:
     tokens = text(30, seed=8)
     ones, threes = (datum(tokens, weights=[weight] * 29) for weight in (1.0, 3.0))
-    one, other = _again(court), _again(court)
+    one, other = court.resumed(), court.resumed()
     before = forward(one, [ones])
     for training, each in ((one, ones), (other, threes)):
         training.forward_backward([each], "cross_entropy").result()
@@ -167,9 +162,9 @@ def adam(court: Court) -> Seen:
 
 @check("semantics", "a loaded state is the saved one, and its next step too")
 def states(court: Court) -> Seen:
-    data, training = texts(2), _again(court)
+    data, training = texts(2), court.resumed()
     step(training, data)
-    path = training.save_state("referee-back").result().path
+    path = training.save_state("referee-back", ttl_seconds=3600).result().path
     saved = forward(training, data)
     step(training, data)
     after = forward(training, data)
@@ -245,11 +240,11 @@ def stops(court: Court) -> Seen:
 
 @check("semantics", "a snapshot does not see later training")
 def snapshots(court: Court) -> Seen:
-    training, data = _again(court), texts(2)
-    frozen = training.save_weights_and_get_sampling_client()
+    training, data = court.resumed(), texts(2)
+    frozen = training.save_weights_and_get_sampling_client().result()
     before = _prompt_logprobs(frozen)
     step(training, data, learning_rate=1e-2)
-    now = _prompt_logprobs(training.save_weights_and_get_sampling_client())
+    now = _prompt_logprobs(training.save_weights_and_get_sampling_client().result())
     if apart(before, now) == 0:
         raise Wrong("what was trained is not in the next snapshot")
     return expect_equal(court, before, _prompt_logprobs(frozen), "of the prompt, before and after a step")

@@ -51,8 +51,8 @@ class ObjectKind(Enum):
     # The lists of a tenant
     TENANT_SESSION = ("tenants/<tenant>/sessions/<us>-<session>", EMPTY, "state.tenant_index")
     TENANT_RUN = ("tenants/<tenant>/runs/<us>-<session>/<n>", EMPTY, "state.tenant_index")
-    TENANT_JOB = ("tenants/<tenant>/jobs/<us>/<job>/<start>", EMPTY, "jobs.starting")
-    TENANT_START = ("tenants/<tenant>/starts/<job>/<us>/<start>", EMPTY, "jobs.starting")
+    TENANT_JOB = ("tenants/<tenant>/jobs/<us>/<job>/<start>", EMPTY, "jobs.starts")
+    TENANT_START = ("tenants/<tenant>/starts/<job>/<us>/<start>", EMPTY, "jobs.starts")
     # Usage
     USAGE = ("usage/<tenant>/<hour>/<id>", "Samplings", "gateway.sample_usage, jobs.sample_usage")
     LEDGER_LINE = ("used/<tenant>/<hour>/<run>/<line>", EMPTY, "state.ledger_entries")
@@ -82,14 +82,14 @@ class ObjectKind(Enum):
     SECRET = ("secrets/<secret>", "Secret", "state.secrets")
     PROBE_RESULT = ("probes/<fingerprint>/<sha256>", "ProbeResult", "state.probe_results")
     # Jobs: one exists once `started` does.
-    JOB_STARTED = ("jobs/<tenant>/<job>/<start>/started", "Started", "jobs.starting")
+    JOB_STARTED = ("jobs/<tenant>/<job>/<start>/started", "Started", "jobs.starts")
     JOB_WAITING = ("jobs/<tenant>/<job>/<start>/waiting", "Waiting", "jobs.inbox")
-    JOB_LISTED = ("jobs/<tenant>/<job>/<start>/listed", EMPTY, "jobs.starting")
+    JOB_LISTED = ("jobs/<tenant>/<job>/<start>/listed", EMPTY, "jobs.starts")
     JOB_TAKEN = ("jobs/<tenant>/<job>/<start>/taken/<function>/<us>", EMPTY, "jobs.activity")
     JOB_AGAIN = ("jobs/<tenant>/<job>/<start>/again/<n>", EMPTY, "jobs.upload")
     JOB_CONTROL = ("jobs/<tenant>/<job>/<start>/control/<n>", "Control", "jobs.control")
     JOB_REFUSAL = ("jobs/<tenant>/<job>/<start>/refused/<n>", "Refusal", "jobs.inbox")
-    JOB_FILE = ("jobs/<tenant>/<job>/<start>/files/<sha256>", NAMED_BY_HASH, "jobs.starting")
+    JOB_FILE = ("jobs/<tenant>/<job>/<start>/files/<sha256>", NAMED_BY_HASH, "jobs.starts")
     JOB_ROLLOUTS = (
         "jobs/<tenant>/<job>/<start>/<round>/<n>/rollouts/<n>",
         "Rollouts",
@@ -110,7 +110,7 @@ class ObjectKind(Enum):
     JOB_WORKING = (
         "working/<tenant>/<job>/<start>",
         EMPTY,
-        "jobs.starting, jobs.revive, jobs.sweep.dispatch, gateway.jobs",
+        "jobs.starts, jobs.revive, jobs.sweep.dispatch, gateway.jobs",
     )
     JOB_EXPECTED = ("expected/<tenant>/<job>/<start>", EMPTY, "jobs.inbox")
     # No longer written; stores of early releases have it.

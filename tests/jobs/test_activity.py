@@ -9,7 +9,7 @@ import pytest
 
 from knapper.cli import jobs_client
 from knapper.ids import LOCAL_TENANT
-from knapper.jobs import control, listings, outputs, progress, starting
+from knapper.jobs import control, listings, outputs, progress, starts
 from knapper.jobs.activity import seconds_left
 from knapper.jobs.names import Start
 from knapper.jobs.presence import Presence, Present
@@ -167,7 +167,7 @@ def test_a_status_that_was_read_before_the_end_does_not_stay(house: House) -> No
             await publish(name, data)
 
         works.services.exchange.publish = overtaken  # type: ignore[method-assign]
-        record = await starting.started(works.services, start)
+        record = await starts.started(works.services, start)
         await outputs.publish_status(works.services, record)
         status = msgspec.json.decode(works.output("status.json"))
         assert (status["state"], status["reason"], status["activity"]) == ("cancelled", "enough", None)
@@ -294,7 +294,7 @@ def test_marks_of_functions_are_no_progress(house: House) -> None:
         works = Works(house)
         start = await works.submit(JOBS["rl"])
         await works.run(start)
-        outline = progress.Outline(start, decode((await starting.started(works.services, start)).spec_json), 2)
+        outline = progress.Outline(start, decode((await starts.started(works.services, start)).spec_json), 2)
         now = await progress.ProgressReader(works.store).look(outline, 4)
         assert (now.trained, progress.finished(outline, now, 4)) == (4, True)
         marks = await works.store.list(ObjectKind.JOB_TAKEN.under(start.tenant, start.job, start.id))

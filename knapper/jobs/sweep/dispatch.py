@@ -17,13 +17,13 @@ from knapper import limits
 from knapper.errors import UserError
 from knapper.events import cloudevents
 from knapper.events.cloudevents import Event
-from knapper.jobs import bells, checks, control, notifications, outputs, selection, spec, starting, yaml_document
+from knapper.jobs import bells, checks, control, notifications, outputs, selection, spec, starts, yaml_document
 from knapper.jobs.job_files import files_of
 from knapper.jobs.names import Start
 from knapper.jobs.progress import newest_step
 from knapper.jobs.services import JobServices
 from knapper.jobs.spec import AnyJob
-from knapper.jobs.sweep import halting, points, search, trials
+from knapper.jobs.sweep import halt, points, search, trials
 from knapper.jobs.sweep.points import Point
 from knapper.jobs.sweep.spec import SweepSpec
 from knapper.jobs.sweep.trials import Tried
@@ -44,11 +44,11 @@ async def advance(services: JobServices, sweep: Start) -> list[Event]:
     if started is None or job is None or job.sweep is None:
         return []
     if not await control.runs(services.store, sweep):
-        await halting.halt(services, sweep)
+        await halt.all_trials(services, sweep)
         return []
     rung = await _Sweep(services, sweep, started, job, job.sweep).advance()
     if not await control.runs(services.store, sweep):  # it was cancelled meanwhile
-        await halting.halt(services, sweep)
+        await halt.all_trials(services, sweep)
     return rung
 
 
@@ -100,7 +100,7 @@ class _Sweep:
             return None
         if self.spec.method == "grid":
             return next(itertools.islice(points.grid(self.spec), len(tried), None))
-        so_far = [search.Tried(trial.point, trial.value, trial.ended is not None) for trial in tried]
+        so_far = [search.TriedPoint(trial.point, trial.value, trial.ended is not None) for trial in tried]
         return await asyncio.to_thread(search.draw, self.spec, trials.metric(self.job, self.spec)[1], so_far)
 
     # ---- one trial
@@ -126,7 +126,7 @@ class _Sweep:
         except UserError as error:
             await self._end(trial, TrialEnded(state="refused", reason=str(error), at=self.services.clock()))
             return []
-        await starting.begin(self.services, trial.start, started, {})
+        await starts.begin(self.services, trial.start, started, {})
         return [notifications.started(started)]
 
     @cached_property

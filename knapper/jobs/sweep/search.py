@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedPoint:
     """A trial so far. `value`: of the metric; None while it runs, or if it has none."""
 
     point: Point
@@ -36,7 +36,7 @@ def expect_installed(sweep: SweepSpec) -> None:
         raise InvalidField("sweep.method", sweep.method, "grid, as this server has no optuna", todo)
 
 
-def draw(sweep: SweepSpec, goal: Goal, tried: Sequence[Tried]) -> Point:
+def draw(sweep: SweepSpec, goal: Goal, tried: Sequence[TriedPoint]) -> Point:
     """The point of the next trial: a function of the sweep's seed and of all trials before it."""
     import optuna
     from optuna.trial import TrialState

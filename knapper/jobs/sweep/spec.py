@@ -35,7 +35,7 @@ class Range(SpecPart, frozen=True, kw_only=True):
 Values = Annotated[list[Any], Meta(min_length=1, max_length=limits.sweep_values_max)]
 
 
-class Budget(SpecPart, frozen=True, kw_only=True):
+class SweepBudget(SpecPart, frozen=True, kw_only=True):
     """No trial begins beyond it. Those that run then go on to their end."""
 
     trials: Annotated[int, Meta(ge=1, le=limits.sweep_trials_max)] | None = None
@@ -47,7 +47,7 @@ class SweepSpec(SpecPart, frozen=True, kw_only=True):
 
     over: Annotated[dict[str, Values | Range], Meta(min_length=1, max_length=limits.sweep_fields_max)]
     method: Method = "grid"  # or points that optuna's samplers draw
-    budget: Budget = Budget()
+    budget: SweepBudget = SweepBudget()
     at_once: Annotated[int, Meta(ge=1, le=limits.sweep_at_once_max)] = 4  # trials side by side
     metric: Annotated[str, Meta(max_length=limits.text_chars_max)] | None = None  # of the evaluation
     goal: Goal | None = None
@@ -96,7 +96,7 @@ def _check(sweep: SweepSpec) -> None:
             raise InvalidField(at, values, "each value once")
     if sweep.method == "grid":
         _check_size(sweep)
-    elif sweep.budget == Budget():
+    elif sweep.budget == SweepBudget():
         todo = "A search would go on for ever"
         raise InvalidField(
             "sweep.budget", None, "`trials` or `device_seconds`, or both, unless the method is grid", todo

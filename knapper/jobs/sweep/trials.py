@@ -100,7 +100,8 @@ async def _row(store: Store, trial: Tried) -> dict[str, Any]:
     if trial.ended is None:
         now = await control.now(store, trial.start)
         step = await newest_step(store, trial.start)
-        return row | {"state": now.state, "value": None, "step": step, "device_seconds": None, "reason": now.reason}
+        state = "cancelled" if now.state == "cancelled" else "running"  # or about to be recorded
+        return row | {"state": state, "value": None, "step": step, "device_seconds": None, "reason": now.reason}
     ended = trial.ended
     return row | {
         "state": ended.state, "value": trial.value, "step": ended.steps, "device_seconds": round(ended.device_s, 3),

@@ -9,12 +9,12 @@ import pytest
 from knapper.errors import InvalidField, StoreError
 from knapper.events import cloudevents
 from knapper.ids import LOCAL_TENANT, RunId
-from knapper.jobs import control, deletion, inbox, job_names, listings, notifications, revive, starting
+from knapper.jobs import control, deletion, inbox, job_names, listings, notifications, revive, starts
 from knapper.jobs.job_files import Folders
 from knapper.jobs.names import Start
 from knapper.jobs.revive import Seen
 from knapper.jobs.spec import decode
-from knapper.jobs.sweep import dispatch, halting, trials
+from knapper.jobs.sweep import dispatch, halt, trials
 from knapper.state.job_records import Started, read
 from knapper.store.memory import MemoryStore
 from tests.jobs.services import serve
@@ -256,7 +256,7 @@ def test_a_cancelled_sweep_cancels_its_trials_and_goes_on_with_them(house: House
     async def story() -> None:
         works, begun = await _running(house)
         await control.ask(works.store, begun, "cancelled", "enough", works.clock())
-        await halting.halt(works.services, begun)
+        await halt.all_trials(works.services, begun)
         await works.store.delete(begun.working)
         await works.drain()
         states = [(await control.now(works.store, begun.trial(n))).state for n in (1, 2)]
@@ -349,7 +349,7 @@ def test_trials_read_the_files_of_their_sweep_and_functions_refuse_its_bell(hous
         sweep = await listings.newest(works.store, LOCAL_TENANT, "j")
         folder = await Folders(works.store).read(sweep.start.trial(1))
         assert len(folder.rows) == 4
-        bell = notifications.started(await starting.started(works.services, sweep.start))
+        bell = notifications.started(await starts.started(works.services, sweep.start))
         with pytest.raises(InvalidField, match="a job that is no sweep"):
             await works.call("train_step", bell)
 
@@ -371,7 +371,7 @@ def test_points_that_read_other_files_are_checked_before_the_sweep_begins(house:
         record = await read(works.store, begun.trial(2).started, Started)
         assert record is not None
         assert decode(record.spec_json).data == "q.jsonl"
-        assert set((await starting.started(works.services, begun)).files) == {"p.jsonl", "q.jsonl", "e.jsonl"}
+        assert set((await starts.started(works.services, begun)).files) == {"p.jsonl", "q.jsonl", "e.jsonl"}
         assert set(record.files) == {"q.jsonl", "e.jsonl"}
 
     run(story)

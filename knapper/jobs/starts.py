@@ -8,7 +8,7 @@ from knapper.errors import NotFound
 from knapper.jobs import control, names, outputs, spec
 from knapper.jobs.names import Start
 from knapper.jobs.services import JobServices
-from knapper.jobs.sweep import halting
+from knapper.jobs.sweep import halt
 from knapper.state import layout
 from knapper.state.job_records import Started, encode, read
 from knapper.state.layout import ObjectKind
@@ -50,7 +50,7 @@ async def _end_earlier(services: JobServices, start: Start) -> None:
         if other != start and await services.store.get(other.started) is not None:
             reason = f"{control.REPLACED}: start {start.id} took its place"
             if await control.change(services.store, other, "cancelled", reason, services.clock()):
-                await halting.halt(services, other)
+                await halt.all_trials(services, other)
                 await services.store.delete(other.working)
 
 

@@ -7,14 +7,14 @@ from knapper.jobs.sweep import trials
 from knapper.state.job_records import Started, read
 
 
-async def halt(services: JobServices, sweep: Start) -> None:
+async def all_trials(services: JobServices, sweep: Start) -> None:
     """Cancel the trials of a sweep that does not run; `advance` lets them go on once it does again."""
-    for trial in await trials.read_all(services.store, sweep):
-        if trial.ended is None:
-            await halt_trial(services, trial.start)
+    for tried in await trials.read_all(services.store, sweep):
+        if tried.ended is None:
+            await trial(services, tried.start)
 
 
-async def halt_trial(services: JobServices, trial: Start) -> None:
+async def trial(services: JobServices, trial: Start) -> None:
     if not await control.runs(services.store, trial):
         return
     await control.change(services.store, trial, "cancelled", control.WITH_SWEEP, services.clock())
