@@ -72,7 +72,7 @@ def test_an_architecture_that_is_refused_ends_it_too(model: Path, tmp_path: Path
 def test_devices_that_a_model_cannot_be_spread_over_end_it(
     model: Path, tmp_path: Path, devices: str, settings: dict[str, Any], said: str
 ) -> None:
-    assert said in refusal(model, tmp_path, cwd=None, **{"KNAPPER_DEVICES": devices}, **settings)
+    assert said in refusal(model, tmp_path, cwd=None, KNAPPER_DEVICES=devices, **settings)
 
 
 def test_several_models_are_not_spread(model: Path, tmp_path: Path) -> None:
