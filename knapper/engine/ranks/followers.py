@@ -4,6 +4,7 @@ journal.
 """
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Final, NoReturn
 
 import structlog
@@ -20,6 +21,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 from knapper.engine.ranks import signs
 from knapper.errors import UserError
 
+_PREFIX: Final = "knapper-ranks-"  # then the process's id
 _POLL_S: Final = 0.2
 _NOTICE_S: Final = 2.0
 LOST: Final = os.EX_TEMPFAIL  # the exit status of a process that lost a rank
@@ -32,7 +34,8 @@ class Followers:
 
     def __init__(self, size: int, arguments: tuple[str, ...]) -> None:
         """`arguments`: of `worker`, behind the meeting place, the rank and the size."""
-        self._directory = TemporaryDirectory(prefix="knapper-ranks-")
+        forget_dead(Path(gettempdir()))
+        self._directory = TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-")
         self.meeting = Path(self._directory.name)
         self.ranks = range(1, size)
         self._processes = start_processes(
@@ -82,6 +85,24 @@ class Followers:
 
 def _ending(status: int) -> str:
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def forget_dead(directory: Path) -> None:
+    """Delete meeting places of processes that were killed, which could not do so themselves."""
+    for left in directory.glob(f"{_PREFIX}*"):
+        pid = left.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _runs(int(pid))):  # containers have the same ones again
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 class Watch:

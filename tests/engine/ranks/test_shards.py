@@ -1,5 +1,8 @@
 """Every kind of layer over shards, in a group of one: gathered weights are the weights, wherever they are used."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +16,7 @@ from knapper.engine.executor import Work
 from knapper.engine.layers.batch_invariance import Exactness
 from knapper.engine.models.decoder import Decoder
 from knapper.engine.models.loader import load
+from knapper.engine.ranks.followers import forget_dead
 from knapper.engine.ranks.group import Group
 from knapper.engine.ranks.leader import Leader
 from knapper.engine.ranks.sharded_linear import ShardedLinear
@@ -100,6 +104,16 @@ def test_a_pass_that_fails_leaves_nothing_gathered_and_the_next_one_is_right(tmp
     broken.close()  # between two layers, with the next one under way
     again = done(trainer.forward_backward(state, body))[1].outputs[0]["logprobs"]
     assert np.array_equal(again, expected)
+
+
+def test_meeting_places_of_dead_processes_are_deleted(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = [f"knapper-ranks-{pid}-x" for pid in (ended.pid, os.getpid(), os.getppid(), "none")]
+    for name in names:
+        (tmp_path / name / "logs").mkdir(parents=True)
+    forget_dead(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[2:]), "its own are of one before it with its id"
 
 
 def test_samples_take_turns_with_a_pass(tmp_path: Path, group: Group) -> None:
