@@ -107,9 +107,14 @@ TESTS: Final = {
         "docs/jobs.md",
         "init_from: tinker://RUN",
     ): "tests/jobs/test_init_from.py::test_the_example_of_the_page_is_a_part_of_a_job",
+    ("docs/jobs.md", "sweep:"): "tests/jobs/sweep/test_spec.py::test_the_example_of_the_page_is_a_sweep",
 }
 
 NOT_RUN: Final = {
+    (
+        "docs/referee.md",
+        "pip install 'knapper[train,demo]'",
+    ): "installs packages",
     ("README.md", "git clone REPOSITORY knapper && cd knapper"): "fetches this repository from where it is published",
     ("README.md", "make demo"): "installs packages, and trains for minutes",
     (

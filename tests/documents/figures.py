@@ -181,4 +181,4 @@ IN_WORDS: Final[dict[str, list[tuple[str, float, str]]]] = {
 }  # fmt: skip
 
 # Pages of figures: what stands there was measured, and says by what and where.
-MEASURED: Final = ("docs/performance.md", "docs/vllm.md")
+MEASURED: Final = ("docs/performance.md", "docs/referee.md", "docs/vllm.md")
