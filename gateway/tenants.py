@@ -5,6 +5,7 @@ from ipaddress import IPv6Address, ip_address
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway import origins
 from gateway.services import Services, services_of
 from knapper.errors import InvalidToken, KnapperError, Unauthorized
 from knapper.ids import LOCAL_TENANT, Tenant
@@ -13,6 +14,7 @@ from knapper.state.tokens import AccessTokens
 
 _ASKER = "knapper.asker"
 _BEARER = "bearer "
+_FORWARDING = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 
 
 def tenant_of(request: Request) -> Tenant:
@@ -105,6 +107,18 @@ def key_of(request: Request) -> str:
 
 def is_token(key: str) -> bool:
     return key.startswith("eyJ")  # '{"' in base64, with which every JWT begins
+
+
+def client_on_this_machine(request: Request) -> bool:
+    """Whether the client itself is, as far as can be told: no proxy of this machine forwards it, and it calls the
+    machine by a name that leads nowhere else.
+    """
+    forwarded = any(name in request.headers for name in _FORWARDING)
+    return (
+        on_this_machine(request)
+        and not forwarded
+        and origins.is_loopback(origins.name_of(request.headers.get("host", "")))
+    )
 
 
 def on_this_machine(request: Request) -> bool:

@@ -12,7 +12,7 @@ from gateway import bodies, body_decoders
 from gateway.body_decoders import DecodedOperation, DecodedRequest, RefusedRequest
 from gateway.diagnostics.monitor import Accepted
 from gateway.services import Services, services_of
-from gateway.tenants import on_this_machine, tenant_of
+from gateway.tenants import client_on_this_machine, tenant_of
 from knapper import ids, limits
 from knapper.errors import InvalidField, QuotaReached, TooLarge, TooMany, UserError
 from knapper.ids import RunId, Tenant, TinkerPath
@@ -125,12 +125,12 @@ def _seed_of(run: RunId) -> int:
 
 
 async def get_info(request: Request) -> Response:
-    """`tokenizer_id`, for get_tokenizer, is a directory if the client can read it, else the model's name."""
+    """`tokenizer_id`, for get_tokenizer, is a directory if the client is on this machine, else the model's name."""
     gateway, tenant = services_of(request), tenant_of(request)
     query = requests.decode(await bodies.read(request), requests.GetInfo)
     spec = await gateway.lookups.spec(query.model_id, tenant)
     model = await gateway.lookups.model(spec.base_model)
-    tokenizer = (on_this_machine(request) and model.directory) or model.tokenizer_id
+    tokenizer = (client_on_this_machine(request) and model.directory) or model.tokenizer_id
     info = {
         "type": "get_info",
         "model_id": spec.run,

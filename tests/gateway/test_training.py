@@ -104,14 +104,20 @@ def test_a_client_elsewhere_hears_the_tokenizer_s_name_and_no_directory_of_the_s
         running.http.headers["X-API-Key"] = key
         run = running.make_run()
 
-        async def ask(host: str) -> str:
-            transport = httpx.ASGITransport(running.app, client=(host, 40000))
-            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-                answer = await client.post("/api/v1/get_info", json={"model_id": run}, headers={"X-API-Key": key})
+        async def ask(address: str, name: str = "127.0.0.1:8000", **more: str) -> str:
+            transport = httpx.ASGITransport(running.app, client=(address, 40000))
+            async with httpx.AsyncClient(transport=transport, base_url=f"http://{name}") as client:
+                headers = {"X-API-Key": key, **{field.replace("_", "-"): value for field, value in more.items()}}
+                answer = await client.post("/api/v1/get_info", json={"model_id": run}, headers=headers)
             return str(answer.raise_for_status().json()["model_data"]["tokenizer_id"])
 
         assert running.run(ask("127.0.0.1")) == MODEL.directory
+        assert running.run(ask("::1", "localhost:8000")) == MODEL.directory
         assert running.run(ask("10.0.0.7")) == MODEL.name
+        # Behind a proxy that ends TLS on the server's machine every connection comes from there.
+        assert running.run(ask("127.0.0.1", "knapper.example")) == MODEL.name
+        for field in ("X_Forwarded_For", "Forwarded", "Via", "X_Real_IP", "X_Forwarded_Proto"):
+            assert running.run(ask("127.0.0.1", **{field: "10.0.0.7"})) == MODEL.name, field
 
 
 def test_a_seed_that_was_not_chosen_differs_between_runs_and_not_between_retries(running: Running) -> None:
