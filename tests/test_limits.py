@@ -14,6 +14,7 @@ _BOUND = re.compile(r"_(max|min|s|bytes|chars)$|_s_max|_bytes_|^(rows|elements|s
 
 # Reason -> module: names. None of these refuses, cuts or ends anything of a user's.
 ELSEWHERE = {
+    "how long what the referee saves is kept: it is the referee's own": {"knapper/referee/court.py": "_KEPT_S"},
     "a cache's size: a miss costs time, never an answer": {
         "gateway/lookups.py": "_INFLIGHT_RUNS_MAX",
         "gateway/openai/state.py": "_LANGUAGES_MAX",

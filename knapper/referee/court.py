@@ -1,6 +1,6 @@
 """A server on trial: its clients, the checks, and what each of them found.
 
-A check calls the SDK as a user would and returns what it saw. It raises Wrong for what the protocol does not allow;
+A check calls the SDK as a user would and returns what it saw. It raises Violation for what the protocol does not allow;
 what the server refuses or never answers is found out here.
 """
 
@@ -26,7 +26,7 @@ _KEPT_S: Final = 3600  # what the referee saves expires after this
 _TOKENS: Final = (5, 256)  # of random texts: every model's vocabulary has these
 
 
-class Wrong(Exception):
+class Violation(Exception):
     """The server answers, and not as it should."""
 
 
@@ -35,7 +35,7 @@ class NotTried(Exception):
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What a check saw. `figures`: by name, as they are compared between servers."""
 
     text: str
@@ -43,7 +43,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Ruling:
     group: Group
     name: str
     outcome: Outcome
@@ -110,7 +110,7 @@ class Court:
         return self.service.create_sampling_client(base_model=self.model).result()
 
 
-Call = Callable[[Court], Seen]
+Call = Callable[[Court], Observation]
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,19 @@ def check(group: Group, name: str) -> Callable[[Call], Call]:
     return add
 
 
-def tried(court: Court, checks: list[Check]) -> Iterator[Finding]:
+def tried(court: Court, checks: list[Check]) -> Iterator[Ruling]:
     """What each check found, one after another."""
     for each in checks:
         began = court.now()
         outcome, seen = _within(court, each.call)
         if outcome == "passed" and each.group == "speed":
             outcome = "measured"
-        yield Finding(each.group, each.name, outcome, seen.text, seen.figures, court.now() - began)
+        yield Ruling(each.group, each.name, outcome, seen.text, seen.figures, court.now() - began)
 
 
-def _within(court: Court, call: Call) -> tuple[Outcome, Seen]:
+def _within(court: Court, call: Call) -> tuple[Outcome, Observation]:
     """In a thread of its own: the SDK waits for ever for a server that does not answer."""
-    answers: queue.Queue[tuple[Outcome, Seen]] = queue.Queue()
+    answers: queue.Queue[tuple[Outcome, Observation]] = queue.Queue()
 
     def judge() -> None:
         answers.put(_judged(court, call))
@@ -154,21 +154,21 @@ def _within(court: Court, call: Call) -> tuple[Outcome, Seen]:
     try:
         return answers.get(timeout=court.patience_s)
     except queue.Empty:
-        return "failed", Seen(f"no answer within {court.patience_s:.0f} s")
+        return "failed", Observation(f"no answer within {court.patience_s:.0f} s")
 
 
-def _judged(court: Court, call: Call) -> tuple[Outcome, Seen]:
+def _judged(court: Court, call: Call) -> tuple[Outcome, Observation]:
     try:
         return "passed", call(court)
-    except Wrong as wrong:
-        return "failed", Seen(str(wrong))
+    except Violation as wrong:
+        return "failed", Observation(str(wrong))
     except NotTried as reason:
-        return "not tried", Seen(str(reason))
+        return "not tried", Observation(str(reason))
     except tinker.APIStatusError as error:
         outcome: Outcome = "missing" if error.status_code in _MISSING else "failed"
-        return outcome, Seen(f"HTTP {error.status_code}: {error.message[:200]}")
+        return outcome, Observation(f"HTTP {error.status_code}: {error.message[:200]}")
     except Exception as error:  # noqa: BLE001  # whatever the SDK raises is the server's answer to this check
-        return "failed", Seen(f"{type(error).__name__}: {str(error)[:200]}")
+        return "failed", Observation(f"{type(error).__name__}: {str(error)[:200]}")
 
 
 # ---- data
@@ -226,20 +226,20 @@ def shown(difference: float) -> str:
     return "the same to the last bit" if difference == 0 else f"up to {difference:.2g} apart"
 
 
-def expect_equal(court: Court, one: Floats, other: Floats, what: str) -> Seen:
-    """Raises Wrong if they are further apart than the tolerance."""
+def expect_equal(court: Court, one: Floats, other: Floats, what: str) -> Observation:
+    """Raises Violation if they are further apart than the tolerance."""
     difference = apart(one, other)
     if difference > court.tolerance:
-        raise Wrong(f"{what}: up to {difference:.3g} nats apart; allowed: {court.tolerance:g}")
-    return Seen(f"{what}: {shown(difference)}", {"nats": difference})
+        raise Violation(f"{what}: up to {difference:.3g} nats apart; allowed: {court.tolerance:g}")
+    return Observation(f"{what}: {shown(difference)}", {"nats": difference})
 
 
-def expect_same_step(before: Floats, one: Floats, other: Floats, what: str, part: float = 0.1) -> Seen:
-    """Raises Wrong unless two steps from the same weights came to the same, in parts of how far they went."""
+def expect_same_step(before: Floats, one: Floats, other: Floats, what: str, part: float = 0.1) -> Observation:
+    """Raises Violation unless two steps from the same weights came to the same, in parts of how far they went."""
     moved = float(np.linalg.norm(one - before))
     if not moved > 0:
-        raise Wrong(f"{what}: the step changed nothing")
+        raise Violation(f"{what}: the step changed nothing")
     off = float(np.linalg.norm(one - other)) / moved
     if not off <= part:
-        raise Wrong(f"{what}: {off:.1%} of the step apart; allowed: {part:.0%}")
-    return Seen(f"{what}: {off:.2%} of the step apart", {"step": off})
+        raise Violation(f"{what}: {off:.1%} of the step apart; allowed: {part:.0%}")
+    return Observation(f"{what}: {off:.2%} of the step apart", {"step": off})

@@ -2,7 +2,7 @@
 
 from tinker import types
 
-from knapper.referee.court import Court, Floats, NotTried, Seen, check, expect_equal, forward, texts
+from knapper.referee.court import Court, Floats, NotTried, Observation, check, expect_equal, forward, texts
 
 _STEPS = 6
 _KILLED_AT = (2, 4)
@@ -22,7 +22,7 @@ def _losses(court: Court, *, killed: bool) -> Floats:
 
 
 @check("durability", "a run under kills comes to where it comes without them")
-def kills(court: Court) -> Seen:
+def kills(court: Court) -> Observation:
     if court.kill is None:
         raise NotTried("no command was given that kills the server: --kill")
     calm = _losses(court, killed=False)
@@ -30,7 +30,7 @@ def kills(court: Court) -> Seen:
 
 
 @check("durability", "what was saved before a kill is there after it")
-def saved(court: Court) -> Seen:
+def saved(court: Court) -> Observation:
     if court.kill is None:
         raise NotTried("no command was given that kills the server: --kill")
     path = court.saved("referee-kept")

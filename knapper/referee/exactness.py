@@ -7,8 +7,8 @@ from tinker import types
 from knapper.referee.court import (
     Court,
     Floats,
-    Seen,
-    Wrong,
+    Observation,
+    Violation,
     apart,
     check,
     datum,
@@ -33,27 +33,27 @@ def _logprobs(found: types.SampledSequence) -> Floats:
 
 
 @check("exactness", "the sampler's log-probabilities are the trainer's")
-def sampler_is_trainer(court: Court) -> Seen:
+def sampler_is_trainer(court: Court) -> Observation:
     prompt, found = text(16, 3), _sample(court.sampler)
     trained = forward(court.trained, [datum([*prompt, *found.tokens], weights=[1.0] * (15 + len(found.tokens)))])
     return expect_equal(court, _logprobs(found), trained[15:], f"{len(found.tokens)} sampled tokens")
 
 
 @check("exactness", "a prompt's log-probabilities are the trainer's")
-def prompt_is_trainer(court: Court) -> Seen:
+def prompt_is_trainer(court: Court) -> Observation:
     prompt = text(40, 6)
     found = np.asarray(court.sampler.compute_logprobs(types.ModelInput.from_ints(prompt)).result()[1:], np.float64)
     return expect_equal(court, found, forward(court.trained, [datum(prompt, weights=[1.0] * 39)]), "40 tokens")
 
 
 @check("exactness", "a pass says the same again")
-def repeated(court: Court) -> Seen:
+def repeated(court: Court) -> Observation:
     data = texts(3, seed=20)
     return expect_equal(court, forward(court.trained, data), forward(court.trained, data), "twice")
 
 
 @check("exactness", "a datum says the same alone and in a batch")
-def batched(court: Court) -> Seen:
+def batched(court: Court) -> Observation:
     data = texts(6, seed=30)
     together = forward(court.trained, data)
     alone = np.concatenate([forward(court.trained, [each]) for each in data])
@@ -61,7 +61,7 @@ def batched(court: Court) -> Seen:
 
 
 @check("exactness", "a sample is the same alone and in a crowd")
-def crowded_samples(court: Court) -> Seen:
+def crowded_samples(court: Court) -> Observation:
     alone = _sample(court.sampler)
     prompts = [types.ModelInput.from_ints(text(10 + 3 * n, n)) for n in range(_CROWD)]
     crowd = [court.base.sample(prompt, 1, _PARAMS) for prompt in prompts[: _CROWD // 2]]
@@ -71,13 +71,15 @@ def crowded_samples(court: Court) -> Seen:
         each.result()
     if alone.tokens != among.tokens:
         same = sum(1 for one, other in zip(alone.tokens, among.tokens, strict=False) if one == other)
-        raise Wrong(f"of the same seed {same} of {len(alone.tokens)} tokens are the same beside {_CROWD} others")
+        raise Violation(f"of the same seed {same} of {len(alone.tokens)} tokens are the same beside {_CROWD} others")
     difference = apart(_logprobs(alone), _logprobs(among))
-    return Seen(f"beside {_CROWD} others: the same tokens, log-probabilities {shown(difference)}", {"nats": difference})
+    return Observation(
+        f"beside {_CROWD} others: the same tokens, log-probabilities {shown(difference)}", {"nats": difference}
+    )
 
 
 @check("exactness", "a run says the same alone and beside others")
-def crowded_runs(court: Court) -> Seen:
+def crowded_runs(court: Court) -> Observation:
     data = texts(3, seed=50)
     alone = forward(court.trained, data)
     others = [court.run(seed) for seed in range(3)]

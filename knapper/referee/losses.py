@@ -14,7 +14,7 @@ Inputs = Mapping[str, Tensor]  # by the names of loss_fn_inputs, each (N)
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossFormula:
     """`terms`: the loss of each token, (N). `config`: what is sent with the request."""
 
     name: str
@@ -46,11 +46,11 @@ def _dro(p: Tensor, given: Inputs) -> Tensor:
 
 _CLIPS: Final = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 LOSSES: Final = (
-    Loss("cross_entropy", _cross_entropy, {}),
-    Loss("importance_sampling", _importance_sampling, {}),
-    Loss("ppo", _ppo, _CLIPS),
-    Loss("cispo", _cispo, _CLIPS),
-    Loss("dro", _dro, {"beta": 0.05}),
+    LossFormula("cross_entropy", _cross_entropy, {}),
+    LossFormula("importance_sampling", _importance_sampling, {}),
+    LossFormula("ppo", _ppo, _CLIPS),
+    LossFormula("cispo", _cispo, _CLIPS),
+    LossFormula("dro", _dro, {"beta": 0.05}),
 )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tinker import types
 
-from knapper.referee.court import CHECKS, Check, Court, Seen, datum, text, texts
+from knapper.referee.court import CHECKS, Check, Court, Observation, datum, text, texts
 
 _PROMPT = types.ModelInput.from_ints(text(8))
 _FEW = types.SamplingParams(max_tokens=4, seed=1)
@@ -74,9 +74,9 @@ _CALLS: dict[str, Callable[[Court], Any]] = {
 }
 
 
-def _answers(call: Callable[[Court], Any]) -> Callable[[Court], Seen]:
-    def answers(court: Court) -> Seen:
-        return Seen(type(call(court)).__name__)
+def _answers(call: Callable[[Court], Any]) -> Callable[[Court], Observation]:
+    def answers(court: Court) -> Observation:
+        return Observation(type(call(court)).__name__)
 
     return answers
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from knapper.referee.court import GROUPS, Finding, Group
+from knapper.referee.court import GROUPS, Group, Ruling
 
 
-def scores(findings: Sequence[Finding]) -> dict[Group, tuple[int, int]]:
+def scores(findings: Sequence[Ruling]) -> dict[Group, tuple[int, int]]:
     """(passed, tried) of each group that passes or fails anything."""
     judged = [each for each in findings if each.outcome in ("passed", "failed", "missing")]
     return {
@@ -16,20 +16,20 @@ def scores(findings: Sequence[Finding]) -> dict[Group, tuple[int, int]]:
     }
 
 
-def failed(findings: Sequence[Finding]) -> bool:
+def failed(findings: Sequence[Ruling]) -> bool:
     return any(each.outcome in ("failed", "missing") for each in findings)
 
 
-def rows(findings: Sequence[Finding]) -> Iterator[tuple[str, str, str, str]]:
+def rows(findings: Sequence[Ruling]) -> Iterator[tuple[str, str, str, str]]:
     for each in findings:
         yield each.group, each.outcome, each.name, each.seen
 
 
-def summary(findings: Sequence[Finding]) -> str:
+def summary(findings: Sequence[Ruling]) -> str:
     return ", ".join(f"{group} {passed} of {tried}" for group, (passed, tried) in scores(findings).items())
 
 
-def as_json(url: str, model: str, sdk: str, findings: Sequence[Finding]) -> dict[str, Any]:
+def as_json(url: str, model: str, sdk: str, findings: Sequence[Ruling]) -> dict[str, Any]:
     return {
         "url": url, "model": model, "sdk": sdk,
         "scores": {group: {"passed": passed, "of": tried} for group, (passed, tried) in scores(findings).items()},
@@ -43,7 +43,7 @@ def as_json(url: str, model: str, sdk: str, findings: Sequence[Finding]) -> dict
     }  # fmt: skip
 
 
-def page(title: str, model: str, sdk: str, findings: Sequence[Finding]) -> str:
+def page(title: str, model: str, sdk: str, findings: Sequence[Ruling]) -> str:
     """In Markdown. Nothing that a server said can be more than text in it."""
     lines = [f"# {_plain(title)}", "", f"`{_plain(model)}`, through `tinker=={sdk}`: {summary(findings)}.", ""]
     for group in GROUPS:

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from knapper.referee.court import datum, text
-from knapper.referee.losses import LOSSES, Loss, inputs_of
+from knapper.referee.losses import LOSSES, LossFormula, inputs_of
 from tests.conformance import reference
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_a_formula_and_its_gradient_are_those_of_the_reference(loss: Loss) -> None:
+def test_a_formula_and_its_gradient_are_those_of_the_reference(loss: LossFormula) -> None:
     dice = np.random.default_rng(3)
     tokens, count = text(20), 19
     inputs: dict[str, Any] = {"weights": dice.normal(size=count).tolist()}

@@ -3,11 +3,11 @@
 import pytest
 
 from knapper.referee import report
-from knapper.referee.court import Check, Court, Finding, NotTried, Outcome, Seen, Wrong, tried
+from knapper.referee.court import Check, Court, NotTried, Observation, Outcome, Ruling, Violation, tried
 
 
-def finding(outcome: Outcome, name: str = "a check", seen: str = "") -> Finding:
-    return Finding("semantics", name, outcome, seen, {}, 0.1)
+def finding(outcome: Outcome, name: str = "a check", seen: str = "") -> Ruling:
+    return Ruling("semantics", name, outcome, seen, {}, 0.1)
 
 
 def court(patience_s: float = 5.0) -> Court:
@@ -32,13 +32,13 @@ def test_what_a_server_says_stays_in_its_cell() -> None:
 @pytest.mark.parametrize(
     ("raised", "outcome", "seen"),
     [
-        (Wrong("3 instead of 4"), "failed", "3 instead of 4"),
+        (Violation("3 instead of 4"), "failed", "3 instead of 4"),
         (NotTried("no command"), "not tried", "no command"),
         (ValueError("what?"), "failed", "ValueError: what?"),
     ],
 )
 def test_an_exception_of_a_check_is_what_it_found(raised: Exception, outcome: str, seen: str) -> None:
-    def call(_: Court) -> Seen:
+    def call(_: Court) -> Observation:
         raise raised
 
     [found] = tried(court(), [Check("semantics", "a check", call)])
@@ -50,11 +50,13 @@ def test_a_server_that_never_answers_fails_and_the_next_check_has_its_turn() -> 
 
     never = threading.Event()
 
-    def waits(_: Court) -> Seen:
+    def waits(_: Court) -> Observation:
         never.wait()
-        return Seen("")
+        return Observation("")
 
-    found = list(tried(court(0.05), [Check("methods", "waits", waits), Check("methods", "ok", lambda _: Seen("yes"))]))
+    found = list(
+        tried(court(0.05), [Check("methods", "waits", waits), Check("methods", "ok", lambda _: Observation("yes"))])
+    )
     never.set()
     assert [(each.outcome, each.seen) for each in found] == [
         ("failed", "no answer within 0 s"), ("passed", "yes"),
