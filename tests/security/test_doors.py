@@ -167,7 +167,8 @@ NAMELESS = {
     "offset": "0",
 }
 _ONE = "/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}"
-_CHORES = ("sampled/", "drawn/")  # what the gateway writes by itself, some seconds after its own tenant's requests
+# What the gateway writes by itself, some time after its own tenant's requests.
+_CHORES = ("sampled/", "drawn/", "collect/")
 _HOURS = {"starting_on": "2026-01-01T00:00:00Z", "ending_before": "2026-01-02T00:00:00Z"}
 
 DOORS: dict[tuple[str, str], Open | Own | Named] = {
