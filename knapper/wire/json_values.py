@@ -57,8 +57,8 @@ def expect_shallow(value: Any, field: str, todo: str = "") -> int:
 
 
 def nesting(value: Any) -> int:
-    """Levels of lists and objects. Without recursion, as nothing bounds them yet; and level by level: a stack takes eight
-    times as long for many empty lists, while others wait.
+    """Levels of lists and objects. Without recursion, as nothing bounds them yet; and level by level: a stack takes
+    eight times as long for many empty lists, while others wait.
     """
     levels, found = 0, [value]
     while inner := [each for each in found if isinstance(each, (dict, list))]:
