@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
-from knapper.errors import InvalidField, UserError
+from knapper.errors import InvalidField, KnapperError, UserError
 from knapper.text.suggestions import did_you_mean
 from knapper.wire.untrusted import parsing
 
@@ -29,6 +29,8 @@ def decode(body: bytes, kind: type[S]) -> S:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _explain(str(error), _content(body), kind) from error
+    except KnapperError:  # a request's own check of a field
+        raise
     except Exception as error:  # any error, as in knapper.wire.untrusted
         with parsing(partial(_not_json, body)):
             for field, value in _not_finite(loads(body)) if len(body) <= _SHOWN_BYTES_MAX else _bare(body, str(error)):

@@ -50,7 +50,7 @@ def existing() -> set[str]:
     for family in metrics.REGISTRY.collect():
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
         found |= {family.name + suffix for suffix in suffixes}
-    for module in ("serving/engine.py", "vllm/factory.py"):
+    for module in ("serving/readings.py", "vllm/factory.py"):
         source = (ROOT / "knapper" / module).read_text()
         for name, rest in re.findall(r'Reading\(\s*"(\w+)",(.*?)\),\n', source, flags=re.DOTALL):
             found.add(f"{name}_total" if "counts=True" in rest else name)
