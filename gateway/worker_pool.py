@@ -8,7 +8,6 @@ the rest, and its writer for a reader, for ever.
 """
 
 import asyncio
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -29,12 +28,12 @@ from weakref import WeakValueDictionary
 import structlog
 
 from knapper import limits
+from knapper.concurrency.parent import die_with
 from knapper.errors import TooLarge
 
 _PROCESSES = 2
 _NICE = 5  # with few cores, all else goes before large bodies
 _LARGE_BYTES = 8 * limits.MIB  # one such body at a time: decoded, it takes up to fifteen times as much memory
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -166,10 +165,7 @@ def _pool() -> ProcessPoolExecutor:
 
 def _begin(parent: int) -> None:
     """Initialise a worker: import what it needs, then limit the memory that it may take in addition."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)
     os.nice(_NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     from gateway import body_decoders  # noqa: F401  loaded before memory is limited

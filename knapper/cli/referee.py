@@ -93,4 +93,10 @@ def _first_model(court: "Court") -> str:
 
 
 def _kill(command: list[str]) -> None:
-    subprocess.run(command, check=True)
+    """A command that does not work says nothing of the server."""
+    from knapper.referee.court import NotTried
+
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotTried(f"--kill: {error}") from error

@@ -4,8 +4,11 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import msgspec
+from kubernetes.utils import parse_quantity
+from kubernetes.utils.quantity import format_quantity
 
 from knapper.catalogue.declared_models import encode
 from knapper.cluster.kustomize import Object
@@ -122,7 +125,7 @@ def _spread(thing: Object, gpus: int) -> None:
     before = int(resources["limits"]["nvidia.com/gpu"])
     for amounts in (resources["requests"], resources["limits"]):
         for name, amount in amounts.items():
-            amounts[name] = _times(amount, gpus / before)
+            amounts[name] = _times(str(amount), gpus, before)
     container["env"] = [each for each in container["env"] if each["name"] != _DEVICES]
     container["env"].append({"name": _DEVICES, "value": str(gpus)})
     if all(mount["mountPath"] != _SHARED_MEMORY for mount in container["volumeMounts"]):  # vLLM's pods have one
@@ -130,10 +133,14 @@ def _spread(thing: Object, gpus: int) -> None:
         spec["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
 
 
-def _times(amount: str, factor: float) -> str:
-    """A quantity of Kubernetes, a whole number with or without a unit, so many times."""
-    number, unit = re.fullmatch(r"(\d+)([A-Za-z]*)", amount).groups()  # type: ignore[union-attr]  # our manifests have such
-    return f"{int(int(number) * factor)}{unit}"
+def _times(amount: str, after: int, before: int) -> str:
+    """A quantity of Kubernetes, of so many GPUs, for another number of them; in the unit that it has."""
+    try:
+        quantity: Decimal = parse_quantity(amount)  # type: ignore[no-untyped-call]  # the library has no types
+    except ValueError as error:
+        raise InvalidField("resources", amount, "a quantity of Kubernetes, such as 4, 500m or 16Gi") from error
+    scaled: str = format_quantity(quantity * after / before, amount.lstrip("0123456789."))
+    return scaled
 
 
 def samples_by_vllm(service: Object) -> bool:

@@ -59,10 +59,10 @@ class ModelBytes:
 
     @classmethod
     def of(cls, model: Model, weights: int) -> Self:
-        size, config = model.dtype.itemsize, model.config
+        config = model.config
         if isinstance(config, ModelConfig):
-            kept = 4 if model.device.type == "cpu" else size  # most of it is float32 there, whatever the base is
-            return cls._native(config, kept, weights, model.bytes_per_token)
+            size = 4 if model.device.type == "cpu" else model.dtype.itemsize  # a CPU keeps most of a row in float32
+            return cls._native(config, size, weights, model.bytes_per_token)
         # Of a transformers model every layer keeps what its linears take and give.
         row = 5 * sum(target.inputs + target.outputs for target in config.lora_targets[:-1])
         kept = row // max(1, len(config.lora_targets) // 7)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes.utils import parse_quantity
 
-from knapper.cluster.model import _with_vllm
+from knapper.cluster.model import _times, _with_vllm
 from knapper.errors import InvalidField
 from knapper.state.model_record import slug
 from tests import command
@@ -210,6 +211,15 @@ def test_a_model_is_spread_over_the_gpus_of_a_pod(config: Path, overlay: Path, g
             of_one = int(was["resources"][which][name].removesuffix(unit))
             assert container["resources"][which][name] == f"{gpus * of_one}{unit}"
         assert [mount["mountPath"] for mount in container["volumeMounts"]].count("/dev/shm") == 1
+
+
+@pytest.mark.parametrize(
+    ("of_one", "of_four"), [("8", "32"), ("500m", "2000m"), ("1.5", "6"), ("1.5Gi", "6Gi"), ("64Gi", "256Gi")]
+)
+def test_quantities_of_an_overlay_of_ones_own_are_multiplied_too(of_one: str, of_four: str) -> None:
+    assert parse_quantity(_times(of_one, 4, 1)) == parse_quantity(of_four)  # type: ignore[no-untyped-call]  # the library has no types
+    with pytest.raises(InvalidField, match="resources is 'much'; allowed: a quantity of Kubernetes"):
+        _times("much", 4, 1)
 
 
 def _values(thing: object, key: str) -> list[str]:

@@ -1,15 +1,14 @@
 """The process of a rank: `python -m knapper.engine.ranks.worker PARENT MEETING RANK SIZE DTYPE THREADS`."""
 
-import ctypes
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Final
 
 import structlog
 import torch
 
+from knapper.concurrency.parent import die_with
 from knapper.engine import host_memory
 from knapper.engine.hardware import device_of_rank
 from knapper.engine.layers.batch_invariance import Exactness
@@ -22,13 +21,11 @@ from knapper.errors import KnapperError
 from knapper.observability import logs
 from knapper.settings import Settings
 
-_PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
-
 log = structlog.get_logger()
 
 
 def main(parent: int, meeting: Path, rank: int, size: int, dtype: torch.dtype, threads: int) -> None:
-    _die_with(parent)
+    die_with(parent)
     settings = Settings.load(os.environ)
     logs.begin(f"rank {rank}", settings)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends it
@@ -48,15 +45,6 @@ def main(parent: int, meeting: Path, rank: int, size: int, dtype: torch.dtype, t
     signs.write(meeting, rank, signs.LOADED, described(exactness))
     log.info("loaded", device=str(device), shards=size)
     RankWorker(group, shards, model).obey()
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it ended before the line above
-        sys.exit(1)
 
 
 if __name__ == "__main__":

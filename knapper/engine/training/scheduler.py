@@ -73,7 +73,7 @@ class _Share:
 _Lane = list[_Share]
 
 
-def _share(first: _Request, other: _Request) -> bool:
+def _may_share(first: _Request, other: _Request) -> bool:
     assert first.opened is not None
     assert other.opened is not None
     if first is other:
@@ -204,7 +204,7 @@ class TrainingScheduler:
                 first = request
             assert first is not None
             fits = not chosen or (served(request) <= bound and rows + more <= rows_shared)
-            if fits and _share(first, request):
+            if fits and _may_share(first, request):
                 chosen.append(_Share(request, more))
                 rows += more
             else:
