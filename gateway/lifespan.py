@@ -146,7 +146,7 @@ async def open_services(
             job_services=job_services,
             subscription=None if job_services is None else _subscription(settings.subscription, stack),
             presence=partial(presence, settings.run_directory),
-            seen_jobs=Seen(),
+            seen_jobs=Seen(broker_began=bool(settings.gateway_url)),
             job_stalled_s=settings.job_stalled_s,
             heartbeats=Heartbeats(monotonic),
             unfinished_runs=UnfinishedRuns(monotonic),

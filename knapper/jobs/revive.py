@@ -39,8 +39,11 @@ class Seen:
     """What a gateway remembers about jobs between two looks.
 
     `lively`: a job made progress recently, so the next look comes soon. `awaiting`: some job waits for files. `paused`:
-    one waits for its tenant's quota.
+    one waits for its tenant's quota. `broker_began`: the Broker began with this process, as under `knapper up`, and has
+    no event of before: the first look notifies each job that runs.
     """
+
+    broker_began: bool = False
 
     known: dict[Start, _Known] = field(default_factory=dict)
     progress_reader: ProgressReader | None = None
@@ -61,6 +64,7 @@ async def due(services: JobServices, seen: Seen, quiet_s: float = _QUIET_S) -> l
     for start in working:
         events += await _alone(start, _stalled(services, seen, start, quiet_s))
     now = services.clock()
+    seen.broker_began = False
     seen.awaiting = bool(expected)
     seen.lively = any(now - known.since < quiet_s and not known.notified for known in seen.known.values())
     return events
@@ -124,7 +128,7 @@ async def _stalled(services: JobServices, seen: Seen, start: Start, quiet_s: flo
     if paused:
         before = _Known(started, position, float("-inf"))
     seen.known[start] = before = _since(before, started, position, now)
-    if now - before.since < quiet_s:
+    if now - before.since < quiet_s and not seen.broker_began:
         return []
     seen.known[start] = _Known(started, position, now, notified=True)
     return await bells.again(services, started, start)

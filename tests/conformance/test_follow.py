@@ -98,7 +98,7 @@ def told(log: str) -> list[str]:
 @pytest.mark.timeout(180)
 def test_a_follower_goes_on_through_a_server_that_is_killed_and_started_again(chatting: Path, tmp_path: Path) -> None:
     yaml = folder(tmp_path / "job") / "job.yaml"
-    with Server.start(chatting, tmp_path / "data", settings={"KNAPPER_JOB_STALLED_S": "1"}) as server:
+    with Server.start(chatting, tmp_path / "data", settings={"KNAPPER_JOB_STALLED_S": "600"}) as server:
         published = server.data / "jobs/local/job/metrics.jsonl"
         with (
             tailing(published, tmp_path) as tailed,

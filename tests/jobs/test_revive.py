@@ -66,3 +66,19 @@ def test_whoever_has_nothing_to_do_is_not_woken(house: House) -> None:
         assert types == [cloudevents.ROLLOUTS_SAMPLED]
 
     run(story)
+
+
+def test_a_job_goes_on_at_the_first_look_where_the_broker_began_with_the_gateway(house: House) -> None:
+    """`knapper up` that is started again: what its broker had to deliver died with it."""
+
+    async def story() -> None:
+        works = Works(house)
+        await works.submit(JOBS["rl"])
+        works.silence()
+        seen = Seen(broker_began=True)
+        assert [event.type for event in await revive.due(works.services, seen, quiet_s=60)] == [cloudevents.JOB_STARTED]
+        assert await revive.due(works.services, seen, quiet_s=60) == [], "from then on as ever"
+        works.clock.at += 61
+        assert [event.type for event in await revive.due(works.services, seen, quiet_s=60)] == [cloudevents.JOB_STARTED]
+
+    run(story)
