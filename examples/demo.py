@@ -90,8 +90,9 @@ def draw(rewards: list[float], losses: list[float], path: Path) -> None:
 
 def run(url: str) -> None:
     began = time.monotonic()
+    rest = tinker.RestClient(base_url=url, api_key="tml-local")
+    model = str(rest.get_server_capabilities().result().supported_models[0].model_name)
     service = tinker.ServiceClient(base_url=url, api_key="tml-local")
-    model = str(service.get_server_capabilities().supported_models[0].model_name)
     adder = service.create_lora_training_client(model, rank=16, seed=0, train_unembed=False).result()
     chatter = service.create_lora_training_client(model, rank=16, seed=0).result()
     sums, question = [rl_addition.prompt(*each) for each in SUMS], [sft_chat.chat(sft_chat.QUESTION)]

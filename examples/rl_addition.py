@@ -81,7 +81,7 @@ def datum(given: types.ModelInput, sequence: types.SampledSequence, advantage: f
 
 if __name__ == "__main__":
     client = tinker.ServiceClient()
-    model = client.get_server_capabilities().supported_models[0].model_name
+    model = tinker.RestClient().get_server_capabilities().result().supported_models[0].model_name
     assert model is not None
     adder = client.create_lora_training_client(model, rank=16, seed=0, train_unembed=False).result()
     train(adder, 30, lambda step, mean: print(f"step {step:2d}  mean reward {mean:.2f}", flush=True))

@@ -94,7 +94,7 @@ def train(
 
 if __name__ == "__main__":
     client = tinker.ServiceClient()
-    model = client.get_server_capabilities().supported_models[0].model_name
+    model = tinker.RestClient().get_server_capabilities().result().supported_models[0].model_name
     assert model is not None
     adder = client.create_lora_training_client(model, rank=16, seed=0, train_unembed=False).result()
     server = Judge(os.environ["TINKER_BASE_URL"], os.environ["TINKER_API_KEY"])

@@ -51,7 +51,7 @@ def train(training: tinker.TrainingClient, steps: int, on_step: Callable[[int, f
 
 if __name__ == "__main__":
     client = tinker.ServiceClient()
-    model = client.get_server_capabilities().supported_models[0].model_name
+    model = tinker.RestClient().get_server_capabilities().result().supported_models[0].model_name
     assert model is not None
     chatter = client.create_lora_training_client(model, rank=16, seed=0).result()
     train(chatter, 15, lambda step, loss: print(f"step {step:2d}  loss {loss:.3f}", flush=True))

@@ -19,6 +19,7 @@ def lines_of(example: str, server: Server) -> list[float]:
         [sys.executable, "-m", f"examples.{example}"], env=environment, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "DEPRECATED" not in done.stderr, "what a newcomer reads first uses nothing that the SDK is about to remove"
     return [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
 
 
