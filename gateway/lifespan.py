@@ -37,7 +37,7 @@ from knapper.jobs import needs
 from knapper.jobs.quota_file import QuotaFile
 from knapper.jobs.revive import Seen
 from knapper.jobs.services import JobServices
-from knapper.local.state import presence
+from knapper.local.state import presence, presence_at
 from knapper.settings import Settings
 from knapper.state import damage
 from knapper.state.api_keys import Keyring, Keys
@@ -229,6 +229,7 @@ async def _clients(
         sample_usage.count,
         first,
         on_drawn=monitor.note_sample,
+        presence=partial(presence_at, settings.run_directory),
     )
     gateways = Gateways(state.store, gateway, settings.address, sources.clock, sources.monotonic)
     peers = Peers(await stack.enter_async_context(_plain_http_session()), gateways, sources.monotonic)

@@ -22,6 +22,7 @@ from knapper import ids, limits
 from knapper.concurrency.fair_share import FairShare
 from knapper.errors import Gone, KnapperError, TooMany, Unservable
 from knapper.ids import SamplerId, SessionId, Tenant, session_of
+from knapper.jobs.presence import Presence, silent_as
 from knapper.web.backoff import Backoff
 from knapper.wire import progress
 from knapper.wire.progress import FailedEvent, FinishedEvent, TokenEvent
@@ -111,6 +112,7 @@ class SampleQueue:
         first: int = 0,
         *,
         on_drawn: Callable[[QueuedSample, bytes], None] = lambda _entry, _response: None,
+        presence: Callable[[str], Presence | None] = lambda _url: None,
     ) -> None:
         self._http = http
         self._unservable_models = unservable_models
@@ -118,7 +120,7 @@ class SampleQueue:
         self._new_id = new_id
         self._now = now
         self._on_success = on_success
-        self._on_drawn = on_drawn
+        self._on_drawn, self._presence = on_drawn, presence
         self._entries: dict[str, QueuedSample] = {}
         self._by_address: dict[tuple[SamplerId, int], QueuedSample] = {}
         self._waiting: dict[tuple[Tenant, SamplerId], deque[QueuedSample]] = {}  # none is empty
@@ -244,7 +246,7 @@ class SampleQueue:
             answered_recently = entry.sent_at - self._answered_at < _ASLEEP_S
             if waited <= _COLD_S or answered_recently:
                 return "active", None
-            return "paused_capacity", f"sample is starting from zero, or busy; waited {waited:.0f} s"
+            return "paused_capacity", f"sample is {silent_as(self._presence(entry.url))}; waited {waited:.0f} s"
         waited = self._now() - entry.refused_since
         if waited <= _COLD_S:
             return "active", None

@@ -14,3 +14,10 @@ class Presence:
 
 
 Present = Callable[[str, str], Presence | None]  # by function and base model; None: unknown, as on a cluster
+
+
+def silent_as(function: Presence | None) -> str:
+    """Why a function that was called says nothing yet, in words."""
+    if function is None:
+        return "starting from zero, or busy"
+    return "busy" if function.state == "ready" else "starting from zero"

@@ -3,9 +3,10 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -53,13 +54,23 @@ def presence(run_directory: Path, function: str, base_model: str) -> Presence | 
     """Whether a process of this machine serves the function for the base model; None where no `knapper up` runs, as on
     a cluster.
     """
+    serving = ("engine", function) if function in ENGINES else (function,)
+    named = {role for name in serving for role in (name, role_of(name, base_model))}
+    return _presence(run_directory, lambda role, _: role in named)
+
+
+def presence_at(run_directory: Path, url: str) -> Presence | None:
+    """Whether a process of this machine serves the function at this URL; None where no `knapper up` runs."""
+    port = urlsplit(url).port
+    return _presence(run_directory, lambda _, process: process.get("port") == port)
+
+
+def _presence(run_directory: Path, sought: Callable[[str, dict[str, int]], bool]) -> Presence | None:
     try:
         roles = msgspec.json.decode((run_directory / "processes.json").read_bytes(), type=dict[str, dict[str, int]])
     except (OSError, msgspec.MsgspecError):
         return None
-    serving = ("engine", function) if function in ENGINES else (function,)
-    named = [role for name in serving for role in (name, role_of(name, base_model))]
-    process = next((roles[role] for role in named if role in roles), None)
+    process = next((process for role, process in roles.items() if sought(role, process)), None)
     if process is None:
         return Presence("absent")
     since = process.get("loading_since")
