@@ -29,6 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared, and used other than by an import; each with the place that shows it.
 NOT_IMPORTED = {
     "hatchling": ("pyproject.toml", "hatchling.build"),
+    "ipykernel": ("recipes/pig_latin/notebook.ipynb", '"name": "python3"'),
     "httptools": ("knapper/web/targets.py", "httptools"),
     "uvloop": ("knapper/local/web.py", "uvloop"),
     "import-linter": ("Makefile", "lint-imports"),
@@ -90,7 +91,7 @@ def imported_names(*folders: str) -> set[str]:
 
 
 def imported_distributions(*folders: str) -> set[str]:
-    ours = {"knapper", "gateway", "functions", "tests", "examples", "benchmarks"}
+    ours = {"knapper", "gateway", "functions", "tests", "examples", "recipes", "benchmarks"}
     by_name = importlib.metadata.packages_distributions()
     third_party = imported_names(*folders) - ours - sys.stdlib_module_names
     namespaces = {  # of many distributions each; these are used
@@ -245,13 +246,13 @@ def test_whatever_is_imported_is_declared() -> None:
     product = imported_distributions("knapper", "gateway", "functions")
     extras = ("train", "gcp", "reward", "sweep", "deploy", "traces", "log", "vllm")
     assert product - NOT_DECLARED <= declared("core", *extras, "demo"), "demo has the SDK, which the referee speaks"
-    everything = imported_distributions("knapper", "gateway", "functions", "tests", "examples", "benchmarks")
+    everything = imported_distributions("knapper", "gateway", "functions", "tests", "examples", "recipes", "benchmarks")
     assert everything - NOT_DECLARED <= declared("core", *extras, "demo", "dev")
 
 
 def test_whatever_is_declared_is_used() -> None:
     product = imported_distributions("knapper", "gateway", "functions")
-    everything = product | imported_distributions("tests", "examples", "benchmarks")
+    everything = product | imported_distributions("tests", "examples", "recipes", "benchmarks")
     for distribution, (file, text) in NOT_IMPORTED.items():
         assert text in (ROOT / file).read_text(), f"{file} no longer shows the use of {distribution}"
     assert (

@@ -93,15 +93,17 @@ class Worker:
             self._again.add(start)  # the running task looks once more before it ends
             return
         self._busy.add(start)
+        over = False
         try:
             self._again.add(start)
-            while start in self._again:
+            while start in self._again and not over:
                 self._again.discard(start)
-                if await self._slice(event, folder, work):
-                    break
+                over = await self._slice(event, folder, work)
         finally:
             self._busy.discard(start)
             self._again.discard(start)
+        if over:  # only now: a doorbell that came while the job was busy would have been taken for an earlier one
+            await self.services.notifier.go_on(event)
 
     async def _folder(self, start: Start) -> Folder:
         """Raises InvalidField for a job that this function does not work on: the doorbell is poison, the job is not."""
@@ -118,7 +120,7 @@ class Worker:
         return folder
 
     async def _slice(self, event: Event, folder: Folder, work: Work) -> bool:
-        """True if the slice's time was used up: then a doorbell was sent for the rest."""
+        """True if the slice's time was used up: then there has to be a doorbell for the rest."""
         services, start = self.services, folder.start
         try:
             await self._take_up(folder)
@@ -126,7 +128,6 @@ class Worker:
             self._defects.pop(start, None)
             await self._goes_on(folder)
         except SliceOver:
-            await services.notifier.go_on(event)
             return True
         except Stopped:
             self._taken.discard(start)

@@ -112,6 +112,10 @@ TESTS: Final = {
 
 NOT_RUN: Final = {
     (
+        "docs/recipes.md",
+        "knapper up &",
+    ): "trains for minutes; tests/recipes runs the notebook, which calls the same script, in a reduced form",
+    (
         "docs/referee.md",
         "pip install 'knapper[train,demo]'",
     ): "installs packages",

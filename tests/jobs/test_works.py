@@ -146,6 +146,29 @@ def test_whatever_happens_to_bells_and_processes_the_adapter_is_the_same_bit_for
             assert wild.output(file) == calm.output(file)
 
 
+class Quick(Works):
+    """A Broker that has delivered an event before it answers the one who posted it."""
+
+    async def post(self, event: Event) -> None:
+        await super().post(event)
+        await self.drain()
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_a_slice_that_is_over_goes_on_however_soon_its_doorbell_comes(house: House, name: str) -> None:
+    """Nobody has to revive the job."""
+
+    async def story() -> Works:
+        works = Quick(house, slice_s=0.2)
+        begun = await works.submit(JOBS[name])
+        assert (await control.now(works.store, begun)).state == "completed"
+        return works
+
+    works = run(story)
+    assert len([event for event in works.log if event.type == cloudevents.JOB_STARTED]) > 1, "it had several slices"
+    assert works.adapter() == run(lambda: done(Works(house), name)).adapter()
+
+
 def test_duplicates_do_not_multiply(house: House) -> None:
     works = run(lambda: done(Works(house, 1, Malice(copies_max=5, shuffle=True)), "rl"))
     rung = Counter((event.type, event.step) for event in works.log)
