@@ -57,6 +57,8 @@ def _version(
 ) -> Finding:
     """`remedy`: how a newer one is installed. `ends`: until when 1.n gets fixes."""
     match = re.search(r"(\d+)\.(\d+)", text)
+    if match is None and text:
+        return Finding(what, "unknown", f"version {text!r}, which is no release", remedy)
     if match is None:
         return Finding(what, "wrong", "not installed", remedy)
     version = (int(match[1]), int(match[2]))

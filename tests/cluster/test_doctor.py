@@ -414,6 +414,13 @@ def test_the_command_prints_what_is_wrong_and_fails(cluster: Cluster, tmp_path: 
     assert "wrong   config-features kubernetes.podspec-fieldref: not set, should be enabled" in bad.stdout
 
 
+def test_a_build_that_is_no_release_is_no_missing_one(cluster: Cluster, tmp_path: Path) -> None:
+    path = "/apis/apps/v1/namespaces/knative-serving/deployments/activator"
+    cluster.objects[path]["metadata"]["labels"]["app.kubernetes.io/version"] = "devel"
+    found = {each.subject: (each.verdict, each.seen) for each in look(cluster, tmp_path)}
+    assert found["Knative Serving"] == ("unknown", "version 'devel', which is no release")
+
+
 @pytest.mark.parametrize(("minor", "end"), [(20, date(2026, 5, 5)), (22, date(2026, 11, 3)), (23, date(2027, 2, 2))])
 def test_when_knative_ends_to_mend_a_version(minor: int, end: date) -> None:
     assert support_ends(minor) == end
