@@ -23,7 +23,6 @@ from tinker import types
 URL = os.environ.get("TINKER_BASE_URL", "http://127.0.0.1:8000")
 KEY = os.environ.get("TINKER_API_KEY", "tml-local")
 OUT = Path("out") / "recipes"
-logging.getLogger("tinker").setLevel(logging.ERROR)  # a server that starts from zero is no news
 
 O = TypeVar("O")  # noqa: E741  a recipe's options
 Cell = str | float
@@ -106,6 +105,7 @@ def ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def service() -> tinker.ServiceClient:
+    logging.getLogger("tinker").setLevel(logging.ERROR)  # a server that starts from zero is no news
     return tinker.ServiceClient(base_url=URL, api_key=KEY)
 
 

@@ -294,7 +294,7 @@ def test_the_program_of_the_documentation_runs(server: Server) -> None:
     program = block[1].replace("http://127.0.0.1:8000", server.url)
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=110)
     assert said.returncode == 0, said.stderr.decode()
-    assert said.stdout.strip()
+    assert said.stdout.endswith(b"\n"), "a model of random weights may well say white space"
 
 
 def test_the_example_talks(server: Server, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

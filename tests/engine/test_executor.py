@@ -49,18 +49,19 @@ def test_a_failure_reaches_its_caller_and_nobody_else(device: Executor) -> None:
 
 
 def test_a_cancelled_caller_ends_its_task_at_the_next_step(device: Executor) -> None:
-    closed = threading.Event()
+    begun, closed = threading.Event(), threading.Event()
 
     def endless() -> Work[None]:
         try:
             while True:
+                begun.set()
                 yield
         finally:
             closed.set()
 
     async def story() -> None:
         waiting = asyncio.ensure_future(device.run(endless()))
-        await asyncio.sleep(0.02)
+        assert await asyncio.to_thread(begun.wait, 10)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting

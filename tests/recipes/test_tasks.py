@@ -1,5 +1,6 @@
 """What the recipes ask is what they say: rules, rows, queries that give something, and held-out rows that are."""
 
+import logging
 import sqlite3
 from dataclasses import replace
 from typing import Any
@@ -102,3 +103,7 @@ def test_a_token_s_advantage_is_how_much_likelier_the_teacher_finds_it() -> None
         "logprobs": [0.0, 0.0, -1.0, -2.0],
         "advantages": [0.0, 0.0, 0.5, -2.0],
     }
+
+
+def test_who_imports_a_recipe_still_hears_the_sdk() -> None:
+    assert logging.getLogger("tinker").getEffectiveLevel() <= logging.WARNING
