@@ -26,7 +26,7 @@ help: ## list the targets
 
 install: .venv/.installed ## what serving and the demo need, into .venv (95 packages, 1.5 GB); instant when nothing changed
 
-setup: .venv/.developer ## what tests and checks need too (195 packages, 2.2 GB)
+setup: .venv/.developer ## what tests and checks need too (220 packages, 2.9 GB)
 
 demo: install ## train a small real model on this machine and plot it (a few minutes)
 	@$(BIN)/knapper demo

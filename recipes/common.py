@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")  # before the SDK is imported
 
@@ -24,7 +24,6 @@ URL = os.environ.get("TINKER_BASE_URL", "http://127.0.0.1:8000")
 KEY = os.environ.get("TINKER_API_KEY", "tml-local")
 OUT = Path("out") / "recipes"
 
-O = TypeVar("O")  # noqa: E741  a recipe's options
 Cell = str | float
 
 
@@ -65,10 +64,10 @@ def save(result: Result) -> None:
         print(each.markdown())
 
 
-def options(kind: type[O], about: str | None) -> O:
+def options(kind: type[Any], about: str | None) -> Any:
     """A recipe's options, a flag for each of its dataclass's fields."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for each in fields(kind):  # type: ignore[arg-type]  # a dataclass
+    for each in fields(kind):
         default: Any = each.default
         parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(default), default=default, help=" ")
     return kind(**vars(parser.parse_args()))
@@ -88,9 +87,7 @@ class Curve:
 
     def _repr_svg_(self) -> str:
         out = io.StringIO()
-        with matplotlib.rc_context(
-            {"svg.fonttype": "none", "svg.hashsalt": "knapper"}
-        ):  # texts as texts, ids that stay
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "knapper"}):  # text as text, ids that stay
             self.figure.savefig(out, format="svg", metadata={"Date": None})
         return out.getvalue()
 
@@ -189,22 +186,22 @@ def train(name: str, files: Mapping[str, str]) -> Job:
         _expect_taken(http.post("jobs", json={"name": name, "files": dict(files), "again": True}))
         metrics, told = list[dict[str, Any]](), 0
         while True:
-            shown = http.get(f"jobs/{name}", params={"after": len(metrics)}).raise_for_status().json()
-            for step in shown.get("metrics", []):
+            now = http.get(f"jobs/{name}", params={"after": len(metrics)}).raise_for_status().json()
+            for step in now.get("metrics", []):
                 metrics.append(step)
-                print(_step(name, step, shown["steps"]), flush=True)
-            if shown.get("trials"):
-                ended = [trial for trial in shown["trials"]["trials"] if trial["state"] != "running"]
+                print(_step(name, step, now["steps"]), flush=True)
+            if now.get("trials"):
+                ended = [trial for trial in now["trials"]["trials"] if trial["state"] != "running"]
                 for trial in ended[told:]:
                     print(f"{trial['job']}  {trial['state']}  {trial['value']}", flush=True)
                 told = max(told, len(ended))
-            if shown["state"] not in ("running", "waiting"):
+            if now["state"] not in ("running", "waiting"):
                 break
             time.sleep(0.3)
-    if shown["state"] != "completed":
-        raise RuntimeError(f"{name} is {shown['state']}: {shown['reason']}")
+    if now["state"] != "completed":
+        raise RuntimeError(f"{name} is {now['state']}: {now['reason']}")
     return Job(
-        name, metrics, shown.get("evaluation") or {}, shown.get("trials"), shown.get("checkpoint") or "",
+        name, metrics, now.get("evaluation") or {}, now.get("trials"), now.get("checkpoint") or "",
         time.monotonic() - began,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ def path_of(recipe: str) -> Path:
 
 
 def read(recipe: str) -> NotebookNode:
-    notebook: NotebookNode = nbformat.read(path_of(recipe), as_version=4)  # type: ignore[no-untyped-call]
+    notebook: NotebookNode = nbformat.read(path_of(recipe), as_version=4)
     return notebook
 
 
@@ -28,7 +28,7 @@ def reduced(notebook: NotebookNode, options: dict[str, int]) -> NotebookNode:
     """With other options, set by a cell behind the tagged one."""
     (at,) = [n for n, cell in enumerate(notebook.cells) if _PARAMETERS in cell.metadata.get("tags", [])]
     given = ", ".join(f"{name}={value}" for name, value in options.items())
-    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(f"options = train.Options({given})"))  # type: ignore[no-untyped-call]
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(f"options = train.Options({given})"))
     return notebook
 
 

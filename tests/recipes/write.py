@@ -26,7 +26,7 @@ def run(recipe: str) -> None:
         cell.metadata.pop("execution", None)  # times of this machine
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    nbformat.write(notebook, notebooks.path_of(recipe))  # type: ignore[no-untyped-call]
+    nbformat.write(notebook, notebooks.path_of(recipe))
     print(notebooks.printed(notebook)[-500:], flush=True)
 
 
